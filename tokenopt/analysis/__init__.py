@@ -1,0 +1,1 @@
+"""Read-only analyses of a Program: named axes, attention sites, cuts."""

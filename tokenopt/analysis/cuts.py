@@ -1,0 +1,359 @@
+"""Where a token stream can be reduced, and what each reduction owes to the operations behind it.
+
+One decision function says what happens when reduced tokens reach an operation. `find_cuts` walks the graph with it to
+list obligations; the rewrite walks with the same function to discharge them.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor, fx
+
+from tokenopt.analysis.axes import BARRIERS, AxisMap, Cat, Effect, EffectKind, Literal, Terms, factors, length
+from tokenopt.analysis.axes import tensor_operands
+from tokenopt.analysis.sites import AttentionSite, Segment, TokenAxis
+from tokenopt.cost import node_flops
+from tokenopt.errors import Refusal
+from tokenopt.graph import module_path
+
+aten = torch.ops.aten
+
+
+# -- lists that contain a segment --------------------------------------------------------------------------------------
+
+
+def contains(terms: Terms, segment: Terms) -> bool:
+    """Whether a dimension carries the whole segment, alone or among others."""
+    return any(terms[i : i + len(segment)] == segment for i in range(len(terms) - len(segment) + 1)) or any(
+        contains(part, segment) for t in terms if isinstance(t, Cat) for part in t.parts
+    )
+
+
+def tears(terms: Terms, segment: Terms) -> bool:
+    """Whether a dimension carries a piece of the segment but not all of it together."""
+    atoms = set(factors(segment))
+    i = 0
+    while i < len(terms):
+        if terms[i : i + len(segment)] == segment:
+            i += len(segment)
+            continue
+        term = terms[i]
+        if isinstance(term, Cat):
+            if any(tears(part, segment) for part in term.parts):
+                return True
+        elif term in atoms:
+            return True
+        i += 1
+    return False
+
+
+def reduced_length(terms: Terms, segment: Terms, count: int) -> int:
+    """The size of a dimension once the segment has ``count`` tokens."""
+    if not contains(terms, segment):
+        return length(terms)
+    size, i = 1, 0
+    while i < len(terms):
+        term = terms[i]
+        if terms[i : i + len(segment)] == segment:
+            size *= count
+            i += len(segment)
+            continue
+        size *= sum(reduced_length(p, segment, count) for p in term.parts) if isinstance(term, Cat) else term.size
+        i += 1
+    return size
+
+
+def offset_in(terms: Terms, segment: Terms) -> int | None:
+    """How many tokens lie before the segment in a dimension that is a sequence of it; None if it is not one."""
+    if terms == segment:
+        return 0
+    if len(terms) == 1 and isinstance(terms[0], Cat):
+        before = 0
+        for part in terms[0].parts:
+            if part == segment:
+                return before
+            before += length(part)
+    return None
+
+
+# -- what happens at an operation --------------------------------------------------------------------------------------
+
+
+@dataclass
+class Decision:
+    """What reduced operands mean to an operation.
+
+    Attributes:
+        barrier: the effect for which every token must be restored first; nothing else counts then.
+        reduced: whether its result is reduced, too.
+        align: operands of full length that must be gathered.
+        literals: its integers to resize.
+        means: dimensions it averages over, which merged sizes must weight.
+        attends: whether it attends over the reduced tokens, which needs their log size.
+    """
+
+    barrier: Effect | None = None
+    reduced: bool = False
+    align: list[fx.Node] = field(default_factory=list)
+    literals: list[Literal] = field(default_factory=list)
+    means: list[int] = field(default_factory=list)
+    attends: bool = False
+    segments: bool = False
+
+
+def decide(axes: AxisMap, node: fx.Node, segment: Terms, reduced: Iterable[fx.Node], short: bool = False) -> Decision:
+    """What an operation needs when these operands carry fewer tokens of the segment.
+
+    Args:
+        short: let graph outputs be reduced, too.
+    """
+    decision = Decision()
+    reduced = set(reduced)
+    for effect in axes.effects(node):
+        if effect.operand not in reduced or not contains(axes.dims(effect.operand)[effect.dim], segment):
+            continue
+        if effect.kind in BARRIERS and not (effect.kind is EffectKind.OUTPUT and short):
+            decision.barrier = effect
+            return decision
+        if effect.kind is EffectKind.REDUCE:
+            decision.means.append(effect.dim)
+        elif effect.kind is EffectKind.ATTEND:
+            decision.attends = True
+        elif effect.kind is EffectKind.SEGMENT:
+            decision.segments = True
+    for dims in _results(axes, node):
+        for terms in dims:
+            if tears(terms, segment):
+                operand = next(iter(reduced))
+                why = "its tokens are laid out as a grid"
+                decision.barrier = Effect(node, operand, 0, EffectKind.LAYOUT, why)
+                return decision
+            decision.reduced |= contains(terms, segment)
+    for operand in tensor_operands(node):
+        dims = axes.dims(operand)
+        if operand not in reduced and dims is not None and any(contains(d, segment) for d in dims):
+            decision.align.append(operand)
+    decision.literals = [x for x in axes.literals(node) if any(contains(t, segment) for t in x.lists)]
+    return decision
+
+
+def _results(axes: AxisMap, node: fx.Node) -> list[tuple[Terms, ...]]:
+    dims = axes.dims(node)
+    if dims is not None:
+        return [dims]
+    many = axes._dims.get(node)
+    return [tuple(tuple(t) for t in d) for d in many if d is not None] if isinstance(many, list) else []
+
+
+# -- cuts --------------------------------------------------------------------------------------------------------------
+
+
+@dataclass
+class StreamCut:
+    """A place where the token stream can be reduced: behind ``after``, the residual sum that follows a site.
+
+    Attributes:
+        axis, segment: the sequence at this place and the part of it that may be reduced.
+        layer: the index of its site among the self-attention sites.
+        depth: how many of them lie before it, from 0 to 1.
+        obligations: how many operations behind it need which mending, until the next cut or a restore.
+        restores: the effects before which all tokens come back.
+        chained: whether its reduced tokens reach the next cut.
+        savings: floating-point operations per token of the region behind it, at batch size 1.
+    """
+
+    site: AttentionSite
+    after: fx.Node
+    axis: TokenAxis
+    segment: Segment
+    layer: int
+    depth: float
+    width: int = 1
+    obligations: Counter[str] = field(default_factory=Counter)
+    restores: list[Effect] = field(default_factory=list)
+    chained: bool = False
+    savings: float = 0.0
+
+
+def find_cuts(axes: AxisMap, sites: list[AttentionSite]) -> tuple[list[StreamCut], list[Refusal]]:
+    """The cut behind each self-attention site, in order, and why the other sites have none."""
+    order = {n: i for i, n in enumerate(axes.program.graph.nodes)}
+    candidates = [s for s in sites if s.kind in ("self", "joint")]
+    cuts: list[StreamCut] = []
+    refusals: list[Refusal] = []
+    for layer, site in enumerate(candidates):
+        found = _cut_of(axes, site, order)
+        if isinstance(found, Refusal):
+            refusals.append(found)
+        else:
+            cuts.append(StreamCut(site, found, site.axis, site.axis.reducible, layer, (layer + 1) / len(candidates)))
+    for site in sites:
+        if site.kind == "cross":
+            refusals.append(Refusal(site.id, "cross attention: its queries are not the tokens it attends to", _OTHERS))
+        elif site.kind in ("channel", "linear"):
+            refusals.append(site.refusal)
+    _walk(axes, cuts)
+    paying: list[StreamCut] = []
+    for cut in cuts:
+        if _pays(cut, cuts):
+            paying.append(cut)
+        else:
+            refusals.append(_does_not_pay(cut))
+    return paying, refusals
+
+
+_OTHERS = "reduce the self-attention sites of its streams"
+
+
+def _cut_of(axes: AxisMap, site: AttentionSite, order: dict[fx.Node, int]) -> fx.Node | Refusal:
+    """The residual sum behind a site: the first sum of something that the site made and something it was made from."""
+    if site.refusal is not None:
+        return site.refusal
+    segment = site.axis.reducible if site.axis is not None else None
+    if segment is None:
+        return Refusal(site.id, "no segment of its tokens comes from the input", "nothing to reduce here")
+    if len(site.node.args[0].meta["val"].shape) != 4 or axes.dims(site.node.args[0])[0] != axes.batch:
+        return Refusal(
+            site.id,
+            f"it attends within windows or frames: its {site.axis} tokens are a part of each sample's",
+            "use a local attention pattern here, or reduce the sites that attend to all tokens",
+        )
+    above = _ancestors(site.node.args[0])
+    below = {site.node}
+    for node in _behind(site.node):
+        operands = tensor_operands(node)
+        if not any(n in below for n in operands):
+            continue
+        below.add(node)
+        if node.target is not aten.add.Tensor or len(operands) != 2:
+            continue
+        if sum(n in above for n in operands) != 1 or not any(contains(d, segment.terms) for d in axes.dims(node)):
+            continue
+        problem = _stream_problem(axes, node, segment, site)
+        if problem is not None:
+            return problem
+        return _last_of_sum(axes, node, above, segment)
+    return Refusal(site.id, "no residual sum follows it that carries its tokens", "its tokens go their own way here")
+
+
+def _last_of_sum(axes: AxisMap, node: fx.Node, above: set[fx.Node], segment: Segment) -> fx.Node:
+    """Behind parallel branches: the last of the sums that join them."""
+    while len(node.users) == 1:
+        user = next(iter(node.users))
+        if user.target is not aten.add.Tensor or len(tensor_operands(user)) != 2:
+            return node
+        other = next(n for n in tensor_operands(user) if n is not node)
+        if other not in axes.data or other in above or axes.dims(other) != axes.dims(node):
+            return node
+        node = user
+    return node
+
+
+def _stream_problem(axes: AxisMap, node: fx.Node, segment: Segment, site: AttentionSite) -> Refusal | None:
+    dims = axes.dims(node)
+    tokens = [d for d in dims if contains(d, segment.terms)]
+    if len(dims) != 3 or len(tokens) != 1 or offset_in(tokens[0], segment.terms) is None:
+        return Refusal(
+            site.id,
+            f"its tokens are a window or a part of a grid in {module_path(node) or node.name}: "
+            f"{' x '.join(str(length(d)) for d in dims[1:])}",
+            "use a local attention pattern here",
+        )
+    if axes.batch and dims.count(axes.batch) != 1:
+        return Refusal(site.id, "the stream has no batch dimension of its own", "capture it with a batch dimension")
+    return None
+
+
+def _ancestors(node: fx.Node) -> set[fx.Node]:
+    """The values a node is computed from, within the last few blocks."""
+    seen, stack = set(), [node]
+    while stack:
+        current = stack.pop()
+        if current in seen or len(seen) > 400:
+            continue
+        seen.add(current)
+        stack.extend(current.all_input_nodes)
+    return seen
+
+
+def _behind(node: fx.Node) -> Iterable[fx.Node]:
+    current = node.next
+    while current.op != "output":
+        if current.op == "call_function":
+            yield current
+        current = current.next
+
+
+def _walk(axes: AxisMap, cuts: list[StreamCut]) -> None:
+    """Follows every cut at once: each value belongs to the last cut whose reduction it carries."""
+    by_segment: dict[Terms, list[StreamCut]] = {}
+    for cut in cuts:
+        by_segment.setdefault(cut.segment.terms, []).append(cut)
+    for segment, group in by_segment.items():
+        starts = {c.after: c for c in group}
+        carried: dict[fx.Node, StreamCut] = {}
+        began = False
+        for node in axes.program.graph.nodes:
+            if node.op not in ("call_function", "output"):
+                continue
+            reduced = [n for n in tensor_operands(node) if n in carried] if began else []
+            if reduced:
+                cut = max((carried[n] for n in reduced), key=lambda c: c.layer)
+                decision = decide(axes, node, segment, reduced)
+                if decision.barrier is not None:
+                    cut.obligations["restore-before"] += 1
+                    cut.restores.append(decision.barrier)
+                else:
+                    _count(cut.obligations, decision)
+                    if decision.reduced:
+                        carried[node] = cut
+                    cut.savings += node_flops(node) / max(1, length(cut.axis.terms))
+            if node in starts:
+                if node in carried:
+                    carried[node].chained = True
+                carried[node] = starts[node]
+                began = True
+
+
+def _count(obligations: Counter[str], decision: Decision) -> None:
+    obligations["resize-literal"] += len(decision.literals)
+    obligations["gather-operand"] += len(decision.align)
+    obligations["weight-mean"] += len(decision.means)
+    obligations["add-size-bias"] += decision.attends
+    obligations["rebase-segment"] += decision.segments
+    for kind in [k for k, v in obligations.items() if not v]:
+        del obligations[kind]
+
+
+def _pays(cut: StreamCut, cuts: list[StreamCut]) -> bool:
+    """Removing one token must save more than finding it costs: a similarity with half of the others."""
+    own = cut.axis.length * cut.site.head_dim
+    if cut.savings > own:
+        return True
+    behind = [c for c in cuts if c.layer > cut.layer and c.segment.terms == cut.segment.terms]
+    return bool(cut.chained and behind and _pays(behind[0], cuts))
+
+
+def _does_not_pay(cut: StreamCut) -> Refusal:
+    if not cut.restores:
+        return Refusal(cut.site.id, "nothing behind it is computed per token", "reduce earlier layers")
+    effect = cut.restores[0]
+    where = module_path(effect.node) or effect.node.name
+    return Refusal(
+        cut.site.id,
+        f"{where} ({effect.node.target}) needs all {cut.axis.length} tokens right behind it: {effect.why}",
+        "nothing between them would get faster; use a local attention pattern here",
+    )
+
+
+def carries(axes: AxisMap, terms: Terms) -> int:
+    """How many values carry an axis."""
+    count = 0
+    for node in axes.program.graph.nodes:
+        dims = axes.dims(node) if isinstance(node.meta.get("val"), Tensor) else None
+        count += dims is not None and any(contains(d, terms) for d in dims)
+    return count

@@ -1,0 +1,180 @@
+"""Attention sites, and the token axes that they attend over."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, fx
+
+from tokenopt.analysis.attention import SOFTMAX, match_attention, unmatched_products
+from tokenopt.analysis.axes import AxisMap, Cat, Factor, Terms, factors, length
+from tokenopt.errors import Refusal
+from tokenopt.graph import module_path
+
+
+@dataclass(frozen=True)
+class Segment:
+    """A run of tokens with one meaning. Protected ones (class token, registers, text) are never reduced."""
+
+    name: str
+    start: int
+    length: int
+    grid: tuple[int, ...] | None
+    protected: bool
+    terms: Terms
+
+
+@dataclass(frozen=True)
+class TokenAxis:
+    """A sequence that attention runs over: ``197 = cls(1) + patch(14x14)``."""
+
+    name: str
+    terms: Terms
+    segments: tuple[Segment, ...]
+
+    @property
+    def length(self) -> int:
+        return length(self.terms)
+
+    @property
+    def reducible(self) -> Segment | None:
+        """The one segment whose tokens may be reduced."""
+        return next((s for s in self.segments if not s.protected), None)
+
+    def __str__(self) -> str:
+        parts = [f"{s.name}({'x'.join(map(str, s.grid)) if s.grid else s.length})" for s in self.segments]
+        return f"{self.length} = {' + '.join(parts)}"
+
+
+@dataclass(frozen=True)
+class AttentionSite:
+    """One attention: who attends to whom.
+
+    Attributes:
+        id: the module path, unique in the program.
+        kind: self, cross, joint (several data segments), channel, or linear.
+        refusal: why it is not in canonical form, if it is not.
+    """
+
+    id: str
+    node: fx.Node
+    kind: str
+    axis: TokenAxis | None
+    queries: int
+    keys: int
+    heads: int
+    head_dim: int
+    refusal: Refusal | None = None
+
+    @property
+    def raised(self) -> bool:
+        return self.refusal is None
+
+
+def find_sites(axes: AxisMap) -> tuple[list[AttentionSite], list[TokenAxis]]:
+    """Every attention of a program in order (raised or not), and the token axes they run over.
+
+    Run it after raise-attention: what is left as softmax is listed with the reason.
+    """
+    program = axes.program
+    unmatched = {node: (kind, why) for node, kind, why in unmatched_products(axes)}
+    sites: list[AttentionSite] = []
+    token_axes: dict[Terms, TokenAxis] = {}
+    taken: dict[str, int] = {}
+
+    def unique(node: fx.Node) -> str:
+        path = module_path(node) or node.name
+        taken[path] = taken.get(path, 0) + 1
+        return path if taken[path] == 1 else f"{path}#{taken[path]}"
+
+    def axis_of(terms: Terms) -> TokenAxis:
+        if terms not in token_axes:
+            segments = _segments(axes, terms)
+            token_axes[terms] = TokenAxis(_axis_name(segments, token_axes), terms, segments)
+        return token_axes[terms]
+
+    for node in program.graph.nodes:
+        if node.target is torch.ops.tokenopt.attention.default:
+            query, key = axes.dims(node.args[0]), axes.dims(node.args[1])
+            shape = node.args[0].meta["val"].shape
+            axis, other = query[-2], key[-2]
+            kind = "self" if axis == other else "cross"
+            token_axis = axis_of(axis) if length(axis) > 1 else axis_of(other) if length(other) > 1 else None
+            if kind == "self" and token_axis and sum(s.name in ("patch", "text", "token") for s in token_axis.segments) > 1:
+                kind = "joint"
+            heads = shape[1] if len(shape) >= 4 and isinstance(shape[1], int) else 1
+            sites.append(AttentionSite(unique(node), node, kind, token_axis, length(axis), length(other), heads,
+                                       int(shape[-1])))  # fmt: skip
+        elif node.target in SOFTMAX and node in axes.data:
+            match = match_attention(axes, node)
+            if match is None:
+                continue
+            refusal = match if isinstance(match, Refusal) else Refusal(module_path(node), "not in canonical form",
+                                                                       "run raise-attention first")  # fmt: skip
+            kind = "channel" if refusal.why.startswith("channel") else "self"
+            sites.append(_unraised(unique(node), node, kind, refusal, node.args[0].meta["val"]))
+        elif node in unmatched:
+            kind, why = unmatched[node]
+            refusal = Refusal(module_path(node) or node.name, why, "it stays as it is")
+            sites.append(_unraised(unique(node), node, kind, refusal, node.meta["val"]))
+    return sites, list(token_axes.values())
+
+
+def _unraised(name: str, node: fx.Node, kind: str, refusal: Refusal, logits: Tensor) -> AttentionSite:
+    size = [s if isinstance(s, int) else 1 for s in logits.shape]
+    heads = size[1] if len(size) >= 4 else 1
+    return AttentionSite(name, node, kind, None, size[-2] if len(size) > 1 else 1, size[-1], heads, 0, refusal)
+
+
+def _segments(axes: AxisMap, terms: Terms) -> tuple[Segment, ...]:
+    parts = terms[0].parts if len(terms) == 1 and isinstance(terms[0], Cat) else (terms,)
+    data = [length(p) > 1 and any(f.data for f in factors(p)) for p in parts]
+    names = [_data_name(axes, p) if d else "" for p, d in zip(parts, data, strict=True)]
+    candidates = [i for i, d in enumerate(data) if d]
+    chosen = max(candidates, key=lambda i: (names[i] == "patch", names[i] != "text", length(parts[i])), default=None)
+    segments: list[Segment] = []
+    offset = 0
+    special = ["dist", "cls"]
+    for i, part in enumerate(parts):
+        size = length(part)
+        if data[i]:
+            name = names[i]
+        elif size == 1 and special and i < 2:
+            name = special.pop()
+        else:
+            name = "registers" if offset < _offset(parts, chosen) else "queries"
+        grid = tuple(t.size for t in part) if len(part) > 1 else None
+        segments.append(Segment(name, offset, size, grid, i != chosen, part))
+        offset += size
+    return tuple(segments)
+
+
+def _offset(parts: tuple[Terms, ...], chosen: int | None) -> int:
+    return sum(length(p) for p in parts[:chosen]) if chosen is not None else 0
+
+
+def _data_name(axes: AxisMap, part: Terms) -> str:
+    if len(part) > 1:
+        return "patch"
+    factor = part[0]
+    inputs = {n.name: n for n in axes.program.user_inputs}
+    if isinstance(factor, Factor) and factor.origin.name in inputs:
+        node = inputs[factor.origin.name]
+        if not node.meta["val"].dtype.is_floating_point or "encoder_hidden" in node.name or "text" in node.name:
+            return "text"
+    elif all(not n.meta["val"].dtype.is_floating_point for n in inputs.values()):
+        return "text"
+    return "patch" if _has_image(inputs) and factor.origin.name not in inputs else "token"
+
+
+def _has_image(inputs: dict[str, fx.Node]) -> bool:
+    return any(len(n.meta["val"].shape) >= 4 for n in inputs.values())
+
+
+def _axis_name(segments: tuple[Segment, ...], taken: dict[Terms, TokenAxis]) -> str:
+    main = next((s.name for s in segments if not s.protected), segments[-1].name)
+    names = {a.name for a in taken.values()}
+    if main not in names:
+        return main
+    return next(f"{main}{i}" for i in range(2, len(names) + 3) if f"{main}{i}" not in names)

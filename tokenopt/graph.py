@@ -1,0 +1,199 @@
+"""The only place that mutates graphs: insert, resize, add constants, re-infer shapes, remove what nothing reads."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import Any
+
+import torch
+import torch.utils._pytree as pytree
+from torch import Tensor, fx
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.export.graph_signature import InputKind, InputSpec, OutputKind, OutputSpec, TensorArgument
+
+from tokenopt.errors import AxisConflict
+from tokenopt.program import Program
+
+aten = torch.ops.aten
+
+
+class GraphEditor:
+    """Edits the graph of one program, keeping every node's stored value (``meta["val"]``) true.
+
+    Args:
+        program: it is mutated.
+    """
+
+    def __init__(self, program: Program) -> None:
+        self.program = program
+        self.graph = program.graph
+        self.mode = fake_mode(program)
+
+    def insert(self, after: fx.Node, target: Any, *args: Any, like: fx.Node | None = None, **kwargs: Any) -> fx.Node:
+        """A new call behind ``after`` (and behind every operand), with its value inferred.
+
+        Args:
+            like: the node whose module path the new one takes; ``after`` by default.
+        """
+        with self.graph.inserting_after(after):
+            node = self.graph.call_function(target, args, kwargs)
+        source = (like or after).meta
+        node.meta = {k: source[k] for k in ("nn_module_stack", "stack_trace", "torch_fn") if k in source}
+        self.infer(node)
+        return node
+
+    def item(self, node: fx.Node, index: int) -> fx.Node:
+        """One result of a call that has several."""
+        import operator
+
+        last = node
+        while last.next.target is operator.getitem and last.next.args[0] is node:
+            last = last.next
+            if last.args[1] == index:
+                return last
+        return self.insert(last, operator.getitem, node, index)
+
+    def constant(self, name: str, value: Tensor) -> fx.Node:
+        """A new constant tensor of the program, as a placeholder before the user's inputs."""
+        exported = self.program.exported
+        specs = exported.graph_signature.input_specs
+        taken = {s.target for s in specs} | {n.name for n in self.graph.nodes}
+        target, count = name, 0
+        while target in taken or f"c_{target}" in taken:
+            count += 1
+            target = f"{name}_{count}"
+        first = self.program.user_inputs[0]
+        position = next(i for i, s in enumerate(specs) if s.kind is InputKind.USER_INPUT)
+        with self.graph.inserting_before(first):
+            node = self.graph.placeholder(f"c_{target}")
+        node.meta["val"] = self.mode.from_tensor(value.detach(), static_shapes=True)
+        specs.insert(position, InputSpec(InputKind.CONSTANT_TENSOR, TensorArgument(name=node.name), target, None))
+        exported.constants[target] = value.detach()
+        return node
+
+    def infer(self, node: fx.Node) -> None:
+        """Computes the stored value of one call from those of its operands."""
+        operand = lambda n: n.meta["val"]  # noqa: E731
+        args, kwargs = fx.map_arg(node.args, operand), fx.map_arg(node.kwargs, operand)
+        try:
+            with self.mode, torch.no_grad():
+                node.meta["val"] = node.target(*args, **kwargs)
+        except Exception as error:  # fake kernels raise anything
+            raise AxisConflict(
+                "the rewritten graph does not fit together",
+                where=f"{node.name} ({module_path(node) or node.target})",
+                why=f"{node.target}: {str(error).splitlines()[0]}",
+                hint="please report this model: the analysis should have refused it",
+            ) from error
+
+    def rows(self) -> fx.Node | int:
+        """The batch size: a node where it is dynamic, else an integer."""
+        for placeholder in self.program.user_inputs:
+            value = placeholder.meta.get("val")
+            if isinstance(value, Tensor) and value.dim():
+                if isinstance(value.shape[0], int):
+                    return value.shape[0]
+                for user in placeholder.users:
+                    if user.target is aten.sym_size.int and user.args[1] == 0 and user.prev.op == "placeholder":
+                        return user
+                last = [n for n in self.graph.nodes if n.op == "placeholder"][-1]
+                return self.insert(last, aten.sym_size.int, placeholder, 0)
+        return 1
+
+    def replace(self, old: fx.Node, new: fx.Node, *, keep: Iterable[fx.Node] = ()) -> None:
+        """Lets every user of ``old`` behind it read ``new``, but for ``keep`` and ``new`` itself."""
+        kept = {new, *keep}
+        for user in list(old.users):
+            if user not in kept:
+                user.replace_input_with(old, new)
+
+    def finish(self) -> None:
+        """Removes what nothing reads, re-infers every value, and recompiles."""
+        remove_dead(self.program)
+        infer_shapes(self.program)
+
+
+def fake_mode(program: Program) -> FakeTensorMode:
+    """The fake-tensor mode that the program's stored values belong to."""
+    for node in program.graph.nodes:
+        value = node.meta.get("val")
+        if isinstance(value, torch._subclasses.FakeTensor):
+            return value.fake_mode
+    raise AxisConflict("the program holds no tensors")
+
+
+def infer_shapes(program: Program) -> None:
+    """Recomputes the stored value of every node, in order, with fake tensors.
+
+    Raises:
+        AxisConflict: naming the first operation whose operands do not fit.
+    """
+    editor = GraphEditor(program)
+    for node in program.graph.nodes:
+        if node.op == "call_function":
+            editor.infer(node)
+    sync_outputs(program)
+    program.exported.graph_module.recompile()
+
+
+def sync_outputs(program: Program) -> None:
+    """Lets the signature name the nodes that the graph now returns."""
+    out = next(n for n in reversed(program.graph.nodes) if n.op == "output")
+    for spec, node in zip(program.exported.graph_signature.output_specs, out.args[0], strict=True):
+        if isinstance(node, fx.Node) and hasattr(spec.arg, "name"):
+            spec.arg.name = node.name
+
+
+def add_output(program: Program, node: fx.Node, name: str) -> None:
+    """Returns one more tensor: the program's result becomes (result, tensor)."""
+    exported = program.exported
+    out = next(n for n in reversed(program.graph.nodes) if n.op == "output")
+    out.args = ((*out.args[0], node),)
+    exported.graph_signature.output_specs.append(OutputSpec(OutputKind.USER_OUTPUT, TensorArgument(name=node.name), name))
+    root = exported.module_call_graph[0].signature
+    root.outputs.append(TensorArgument(name=node.name))
+    root.out_spec = pytree.TreeSpec(tuple, None, [root.out_spec, pytree.LeafSpec()])
+
+
+def remove_dead(program: Program) -> int:
+    """Erases calls and weights that nothing reads; returns how many. The user's inputs stay.
+
+    Assertions on shapes and dtypes, which tracing leaves behind, go too: they hold by construction.
+    """
+    graph, exported = program.graph, program.exported
+    removed = 0
+    for node in reversed(graph.nodes):
+        if node.op == "call_function" and not node.users:
+            graph.erase_node(node)
+            removed += 1
+    specs = exported.graph_signature.input_specs
+    placeholders = {n.name: n for n in graph.nodes if n.op == "placeholder"}
+    kept = []
+    for spec in specs:
+        node = placeholders.get(getattr(spec.arg, "name", ""))
+        if spec.kind is not InputKind.USER_INPUT and node is not None and not node.users:
+            graph.erase_node(node)
+            removed += 1
+        else:
+            kept.append(spec)
+    used = {s.target for s in kept if s.kind is not InputKind.USER_INPUT}
+    specs[:] = kept
+    for table in (exported.state_dict, exported.constants):
+        for name in [n for n in table if n not in used]:
+            del table[name]
+    exported.graph_module.recompile()
+    return removed
+
+
+def module_path(node: fx.Node) -> str:
+    """The path of the module that a node comes from (``blocks.3.attn``), or its own name."""
+    stack = node.meta.get("nn_module_stack")
+    if stack:
+        path = list(stack.values())[-1][0].removeprefix("L['self'].").removeprefix("L['self']")
+        if path:
+            return path
+    return ""
+
+
+def shape_of(node: fx.Node) -> tuple[Any, ...]:
+    return tuple(node.meta["val"].shape)

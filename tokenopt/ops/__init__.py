@@ -1,0 +1,36 @@
+"""The operation set ``tokenopt::*``: what passes insert into graphs.
+
+Every operation is composite: its body is its torch reference, so autograd, ``torch.compile``, fake tensors and
+``run_decompositions`` see through it, and a runtime lowers it by decomposing it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+
+_library = torch.library.Library("tokenopt", "DEF")
+_references: dict[str, Callable[..., Any]] = {}
+
+
+def op(schema: str) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
+    """Registers a function as ``torch.ops.tokenopt.<its name>`` with this schema."""
+
+    def register(function: Callable[..., Any]) -> Callable[..., Any]:
+        name = function.__name__
+        _library.define(f"{name}{schema}")
+        _library.impl(name, function, "CompositeImplicitAutograd")
+        _references[name] = function
+        return function
+
+    return register
+
+
+def references() -> dict[Any, Callable[..., Any]]:
+    """Operation -> reference, as ``ExportedProgram.run_decompositions`` takes it."""
+    return {getattr(torch.ops.tokenopt, name).default: function for name, function in _references.items()}
+
+
+from tokenopt.ops import attention, tokens  # noqa: E402, F401  (they register themselves)

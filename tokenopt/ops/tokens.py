@@ -1,0 +1,150 @@
+"""Selecting, merging and restoring tokens.
+
+A reduction of a sequence is a *plan* of three index tensors over its positions: ``index`` [B, M], the token that each
+kept place stands at; ``src`` [B, R], the tokens removed; ``dst`` [B, R], the kept place each of them goes to. Positions
+outside ``[start, stop)`` are protected: they keep their places before and behind. Everything is per sample, of static
+size, free of scatter-with-reduction (which TensorRT lacks): sums over groups are one-hot matrix products.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from tokenopt.ops import op
+
+
+def _rows(x: Tensor, index: Tensor) -> Tensor:
+    """x [B, N, C], index [B, M] -> [B, M, C]; one flat row gather, which runtimes copy row by row."""
+    count = x.shape[1]
+    offset = torch.arange(x.shape[0], device=x.device)[:, None] * count
+    return x.flatten(0, 1).index_select(0, (index + offset).flatten()).view(x.shape[0], index.shape[1], x.shape[2])
+
+
+def _around(middle: Tensor, start: int, stop: int, total: int) -> Tensor:
+    """Puts the protected positions before and behind the middle [B, M]."""
+    if start == 0 and stop == total:
+        return middle
+    every = torch.arange(total, device=middle.device)[None].expand(middle.shape[0], -1)
+    return torch.cat([every[:, :start], middle, every[:, stop:]], 1)
+
+
+@op("(Tensor metric, int r, int start, int stop) -> (Tensor, Tensor, Tensor)")
+def match_bipartite(metric: Tensor, r: int, start: int, stop: int) -> tuple[Tensor, Tensor, Tensor]:
+    """Bipartite soft matching: even positions (A) are matched to their most similar odd position (B); the r best merge.
+
+    Shapes:  metric [B, N, D]  ->  index [B, N - r] · src [B, r] · dst [B, r]
+    Args:    r: tokens to remove, at most the even positions in [start, stop).
+    The kept order is: protected head, unmerged A ascending, B ascending, protected tail.
+    Source:  Bolya et al., Token Merging, arXiv:2210.09461, sec. 3 and appendix D.
+    """
+    total = metric.shape[1]
+    first_a, first_b = start + start % 2, start + 1 - start % 2
+    unit = metric[:, start:stop].float()
+    unit = unit / unit.norm(dim=-1, keepdim=True).clamp_min(1e-12)
+    a, b = unit[:, first_a - start :: 2], unit[:, first_b - start :: 2]
+    best, partner = (a @ b.transpose(1, 2)).max(-1)
+    order = best.argsort(dim=-1, descending=True)
+    merged, unmerged = order[:, :r], order[:, r:].sort(-1).values
+    count_a, count_b = a.shape[1], b.shape[1]
+    b_positions = first_b + 2 * torch.arange(count_b, device=metric.device)[None].expand(metric.shape[0], -1)
+    index = _around(torch.cat([first_a + 2 * unmerged, b_positions], 1), start, stop, total)
+    dst = start + (count_a - r) + partner.gather(1, merged)
+    return index, first_a + 2 * merged, dst
+
+
+@op("(Tensor score, int k, int start, int stop, bool packed) -> (Tensor, Tensor)")
+def select_topk(score: Tensor, k: int, start: int, stop: int, packed: bool) -> tuple[Tensor, Tensor]:
+    """Keeps the k best-scored tokens of [start, stop), in their original order.
+
+    Shapes:  score [B, N]  ->  index [B, start + k (+ 1) + N - stop] · src [B, stop - start - k (- 1)], best first
+    Args:    packed: one more place, behind the kept ones, for the token that the others are packed into; it stands at
+             the best of them.
+    """
+    order = score[:, start:stop].float().argsort(dim=-1, descending=True) + start
+    kept, rest = order[:, :k].sort(-1).values, order[:, k:]
+    if packed:
+        kept, rest = torch.cat([kept, rest[:, :1]], 1), rest[:, 1:]
+    return _around(kept, start, stop, score.shape[1]), rest
+
+
+@op("(Tensor x, Tensor? weight, Tensor index, Tensor src, Tensor dst, bool normalize) -> (Tensor, Tensor)")
+def merge_tokens(
+    x: Tensor, weight: Tensor | None, index: Tensor, src: Tensor, dst: Tensor, normalize: bool
+) -> tuple[Tensor, Tensor]:
+    """Sums weighted tokens into their places; with ``normalize``, divides by the summed weight.
+
+    Shapes:  x [B, N, C] · weight [B, N] > 0 (None is ones) · a plan  ->  y [B, M, C] · total [B, M], summed weights
+    Equals:  (x, weight) where the plan removes nothing.
+    Source:  Bolya et al., arXiv:2210.09461, sec. 3 (weights are sizes); Liang et al., EViT, arXiv:2202.07800, eq. 4
+             (weights are attention, not normalised).
+    """
+    if weight is None:
+        weight = x.new_ones(1, x.shape[1]).expand(x.shape[0], -1)
+    else:
+        weight = weight.to(x.dtype)
+        x = x * weight[..., None]
+    joined = torch.cat([x, weight[..., None]], -1)
+    places = torch.arange(index.shape[1], device=x.device)[None, :, None]
+    onehot = (dst[:, None, :] == places).to(x.dtype)
+    summed = _rows(joined, index) + onehot @ _rows(joined, src)
+    y, total = summed[..., :-1], summed[..., -1]
+    return (y / total[..., None] if normalize else y), total
+
+
+@op("(Tensor x, Tensor index, int dim, int batch_dim, int start, int count) -> Tensor")
+def gather_tokens(x: Tensor, index: Tensor, dim: int, batch_dim: int, start: int, count: int) -> Tensor:
+    """Reads tokens by a per-sample index, along any dimension of a tensor that may have no batch of its own.
+
+    Shapes:  x [..., N, ...] · index [B, M], relative to start  ->  [..., N - count + M, ...] with B rows at batch_dim
+    Args:    dim, batch_dim: non-negative; x is B or 1 rows at batch_dim. Tokens outside [start, start + count) stay.
+    """
+    if x.shape[batch_dim] == 1:
+        x = x.expand(*(index.shape[0] if i == batch_dim else -1 for i in range(x.dim())))
+    front = x.movedim((batch_dim, dim), (0, 1))
+    rest = front.shape[2:]
+    flat = front.reshape(front.shape[0], front.shape[1], -1)
+    total = flat.shape[1]
+    picked = _rows(flat[:, start : start + count], index) if (start, count) != (0, total) else _rows(flat, index)
+    if (start, count) != (0, total):
+        picked = torch.cat([flat[:, :start], picked, flat[:, start + count :]], 1)
+    picked = picked.reshape(picked.shape[0], picked.shape[1], *rest)
+    return picked.movedim((0, 1), (batch_dim, dim))
+
+
+@op("(Tensor index, Tensor src, Tensor dst, int total) -> Tensor")
+def token_map(index: Tensor, src: Tensor, dst: Tensor, total: int) -> Tensor:
+    """Where each token of the old sequence went: the inverse of a plan.
+
+    Shapes:  a plan over ``total`` positions  ->  int64 [B, total], places in [0, M)
+    Equals:  gather(token_map(plan), index) == arange(M).
+    """
+    places = torch.arange(index.shape[1], device=index.device)[None].expand(index.shape[0], -1)
+    where = torch.cat([index, src], 1)
+    value = torch.cat([places, dst], 1)
+    return torch.zeros_like(where).scatter(1, where, value)
+
+
+@op("(Tensor x, Tensor index, Tensor src) -> Tensor")
+def nearest_tokens(x: Tensor, index: Tensor, src: Tensor) -> Tensor:
+    """For each dropped token the most similar kept one, by cosine: what ``copy`` restores it from.
+
+    Shapes:  x [B, N, C] · index [B, M] · src [B, R]  ->  dst int64 [B, R]
+    """
+    unit = x.float()
+    unit = unit / unit.norm(dim=-1, keepdim=True).clamp_min(1e-12)
+    return (_rows(unit, src) @ _rows(unit, index).transpose(1, 2)).argmax(-1)
+
+
+@op("(Tensor x, Tensor size, int dim, int batch_dim, bool keepdim) -> Tensor")
+def mean_tokens(x: Tensor, size: Tensor, dim: int, batch_dim: int, keepdim: bool) -> Tensor:
+    """The mean over tokens, each weighted by how many it stands for: the mean over the original tokens.
+
+    Shapes:  x [..., M, ...] with B rows at batch_dim · size [B, M]  ->  x without dimension ``dim``
+    """
+    shape = [1] * x.dim()
+    shape[batch_dim], shape[dim] = size.shape[0], size.shape[1]
+    if batch_dim > dim:
+        size = size.transpose(0, 1)
+    weight = size.reshape(shape).to(x.dtype)
+    return (x * weight).sum(dim, keepdim) / weight.sum(dim, keepdim)

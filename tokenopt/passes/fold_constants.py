@@ -1,0 +1,129 @@
+"""fold-constants: evaluates what does not depend on the inputs."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor, fx
+
+from tokenopt.analysis.axes import propagate, tensor_operands
+from tokenopt.graph import GraphEditor, module_path
+from tokenopt.pipeline import Pass, PassResult
+from tokenopt.program import Edit, Program
+
+aten = torch.ops.aten
+_VIEWS = {
+    "view", "reshape", "expand", "permute", "transpose", "t", "unsqueeze", "squeeze", "slice", "select", "clone",
+    "alias", "contiguous", "detach", "_to_copy", "to", "unbind", "split", "split_with_sizes", "getitem", "chunk",
+}  # fmt: skip
+
+
+@dataclass(frozen=True)
+class FoldConstants(Pass):
+    """Replaces input-independent subgraphs by constants: relative-position bias gathers, RoPE tables, masks.
+
+    A value that differs only by being repeated over the batch becomes one row, expanded. Plain views of weights stay.
+
+    Rewrite:  index(table, relative_index).view(N, N, H).permute(2, 0, 1)  ->  constant [H, N, N]
+    """
+
+    name: ClassVar[str] = "fold-constants"
+    max_elements: int = 2**26
+
+    def run(self, program: Program) -> PassResult:
+        axes = propagate(program)
+        editor = GraphEditor(program)
+        evaluator = _Evaluator(program)
+        result = PassResult()
+        for node in list(program.graph.nodes):
+            value = node.meta.get("val")
+            if node.op != "call_function" or node in axes.data or not isinstance(value, Tensor):
+                continue
+            if not any(u in axes.data or u.op == "output" for u in node.users) or not evaluator.computes(node):
+                continue
+            folded = self._fold(node, value, evaluator)
+            if folded is None:
+                continue
+            constant = editor.constant("folded", folded)
+            new = constant
+            if tuple(constant.meta["val"].shape) != tuple(value.shape):
+                rows = editor.rows()
+                shape = [rows if not isinstance(s, int) else -1 for s in value.shape]
+                new = editor.insert(node, aten.expand.default, constant, shape)
+            node.replace_all_uses_with(new)
+            result.edits.append(Edit(self.spec, module_path(node) or node.name))
+        editor.finish()
+        return result
+
+    def _fold(self, node: fx.Node, value: Tensor, evaluator: _Evaluator) -> Tensor | None:
+        dynamic = [i for i, s in enumerate(value.shape) if not isinstance(s, int)]
+        if len(dynamic) > 1 or (dynamic and str(value.shape[dynamic[0]]) != evaluator.symbol):
+            return None
+        if not dynamic:
+            if value.numel() > self.max_elements:
+                return None
+            one, two = evaluator(node, 2), evaluator(node, 3)
+            return one.clone() if one is not None and two is not None and torch.equal(one, two) else None
+        one, two = evaluator(node, 2), evaluator(node, 3)
+        if one is None or two is None or one.numel() > self.max_elements:
+            return None
+        row = one.narrow(dynamic[0], 0, 1)
+        same = all(torch.equal(row.expand_as(part), part) for part in (one, two))
+        return row.clone() if same else None
+
+
+class _Evaluator:
+    """Computes input-independent values at a given batch size."""
+
+    def __init__(self, program: Program) -> None:
+        self.program = program
+        self.values: dict[tuple[fx.Node, int], Any] = {}
+        dynamic = [s.shape[0] for s in program.inputs if s.shape and isinstance(s.shape[0], str)]
+        self.symbol = dynamic[0] if dynamic else None
+
+    def computes(self, node: fx.Node) -> bool:
+        """Whether anything but a view happens between the weights and this value."""
+        if node.op != "call_function":
+            return False
+        name = str(node.target).split(".")[1] if str(node.target).startswith("aten.") else "getitem"
+        return name not in _VIEWS or any(self.computes(n) for n in tensor_operands(node))
+
+    def __call__(self, node: fx.Node, batch: int) -> Any:
+        key = (node, batch)
+        if key not in self.values:
+            self.values[key] = self._compute(node, batch)
+        return self.values[key]
+
+    def _compute(self, node: fx.Node, batch: int) -> Any:
+        if node.op == "placeholder":
+            value = self.program.constant(node)
+            return value.detach() if value is not None else None
+        value = node.meta.get("val")
+        if isinstance(value, torch.SymInt):
+            return int(value.node.expr.subs({s: batch for s in value.node.expr.free_symbols}))
+        if node.target in _RANDOM or not isinstance(node.target, torch._ops.OpOverload) and node.op != "call_function":
+            return None
+        args = fx.map_arg((node.args, node.kwargs), lambda n: self._operand(n, batch))
+        if any(v is _MISSING for v in torch.utils._pytree.tree_leaves(args)):
+            return None
+        with torch.no_grad():
+            return node.target(*args[0], **args[1])
+
+    def _operand(self, node: fx.Node, batch: int) -> Any:
+        value = self(node, batch)
+        if value is None and isinstance(node.meta.get("val"), Tensor) and _shape_only(node):
+            shape = [batch if not isinstance(s, int) else s for s in node.meta["val"].shape]
+            return torch.empty(shape, dtype=node.meta["val"].dtype)
+        return _MISSING if value is None else value
+
+
+def _shape_only(node: fx.Node) -> bool:
+    """Every reader takes its shape alone (zeros_like and its kin)."""
+    return all("_like" in str(u.target) or ".new_" in str(u.target) or "sym_size" in str(u.target) for u in node.users)
+
+
+_MISSING = object()
+_RANDOM = {aten.rand.default, aten.randn.default, aten.rand_like.default, aten.randn_like.default,
+           aten.bernoulli.default, aten.empty.memory_format, aten.randperm.default}  # fmt: skip

@@ -1,0 +1,377 @@
+"""Program: a captured model as a functional ATen graph, with its inputs, its example and its history."""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import json
+import os
+import tempfile
+import warnings
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.utils._pytree as pytree
+from torch import Tensor, fx
+from torch.export import Dim, ExportedProgram
+from torch.export.graph_signature import InputKind
+
+from tokenopt.errors import AxisConflict, CaptureError
+
+METADATA_FILE = "tokenopt.json"
+METADATA_VERSION = 1
+
+
+@dataclass(frozen=True)
+class InputSpec:
+    """One tensor the program takes: its name, dtype ("float32") and shape; a string is a dynamic size."""
+
+    name: str
+    dtype: str
+    shape: tuple[int | str, ...]
+
+
+@dataclass(frozen=True)
+class Edit:
+    """One change a pass made: where, and the token counts before and after it (None where no tokens change)."""
+
+    pass_spec: str
+    site: str
+    before: int | None = None
+    after: int | None = None
+
+
+@dataclass
+class Program:
+    """A captured model.
+
+    ``exported`` is functional (no in-place operation), un-decomposed (attention, linear and norms are whole) and
+    lifted (weights are placeholders). Passes mutate ``graph`` of a copy; everything else only reads.
+    """
+
+    exported: ExportedProgram
+    provenance: list[Edit] = field(default_factory=list)
+
+    # -- reading -------------------------------------------------------------------------------------------------
+
+    @property
+    def graph(self) -> fx.Graph:
+        return self.exported.graph
+
+    @property
+    def user_inputs(self) -> list[fx.Node]:
+        """The placeholders of the user's tensors, in order."""
+        names = set(self.exported.graph_signature.user_inputs)
+        return [n for n in self.graph.nodes if n.op == "placeholder" and n.name in names]
+
+    @property
+    def inputs(self) -> tuple[InputSpec, ...]:
+        specs = []
+        for node in self.user_inputs:
+            value = node.meta.get("val")
+            if isinstance(value, Tensor):
+                shape = tuple(s if isinstance(s, int) else str(s) for s in value.shape)
+                specs.append(InputSpec(node.name, str(value.dtype).removeprefix("torch."), shape))
+        return tuple(specs)
+
+    @property
+    def outputs(self) -> tuple[InputSpec, ...]:
+        specs = []
+        for i, node in enumerate(self.output_nodes):
+            value = node.meta["val"]
+            shape = tuple(s if isinstance(s, int) else str(s) for s in value.shape)
+            specs.append(InputSpec(f"output_{i}", str(value.dtype).removeprefix("torch."), shape))
+        return tuple(specs)
+
+    @property
+    def output_nodes(self) -> list[fx.Node]:
+        """The nodes whose tensors the program returns, in the order of the flattened result."""
+        out = next(n for n in reversed(self.graph.nodes) if n.op == "output")
+        return [n for n in out.args[0] if isinstance(n, fx.Node) and isinstance(n.meta.get("val"), Tensor)]
+
+    @property
+    def example_inputs(self) -> tuple[tuple[Any, ...], dict[str, Any]]:
+        """The (args, kwargs) that the model was captured with."""
+        args, kwargs = self.exported.example_inputs or ((), {})
+        return tuple(args), dict(kwargs)
+
+    @property
+    def dynamic_batch(self) -> bool:
+        return any(spec.shape and isinstance(spec.shape[0], str) for spec in self.inputs)
+
+    @property
+    def digest(self) -> str:
+        """A hash of graph and weights: equal programs have equal digests."""
+        h = hashlib.sha256(str(self.graph).encode())
+        for name, value in sorted({**self.exported.state_dict, **self.exported.constants}.items()):
+            h.update(name.encode())
+            if isinstance(value, Tensor):
+                h.update(value.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes())
+        return h.hexdigest()[:16]
+
+    def constant(self, node: fx.Node) -> Tensor | None:
+        """The tensor behind a placeholder of a weight, buffer or constant; None for anything else."""
+        if node.op != "placeholder":
+            return None
+        signature = self.exported.graph_signature
+        for table in (
+            signature.inputs_to_parameters,
+            signature.inputs_to_buffers,
+            signature.inputs_to_lifted_tensor_constants,
+        ):
+            if node.name in table:
+                name = table[node.name]
+                value = self.exported.state_dict.get(name)
+                value = self.exported.constants.get(name) if value is None else value
+                return value if isinstance(value, Tensor) else None
+        return None
+
+    # -- running -------------------------------------------------------------------------------------------------
+
+    def module(self) -> torch.nn.Module:
+        """The program as an ``nn.Module`` with the signature of the captured model."""
+        with _quiet():
+            return self.exported.module()
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        if getattr(self, "_module", None) is None:
+            self._module = self.module()
+        with torch.no_grad():
+            return self._module(*args, **kwargs)
+
+    def flat(self, *args: Any, **kwargs: Any) -> list[Tensor]:
+        """Runs the program and returns the tensors of its result, flattened, in order."""
+        return flatten_tensors(self(*args, **kwargs))
+
+    def random_inputs(self, batch: int, seed: int = 0) -> tuple[tuple[Any, ...], dict[str, Any]]:
+        """Fresh random (args, kwargs) like the example, at the given batch size.
+
+        Floating tensors are normal; integer and boolean tensors are rows of the example in random order, so that ids
+        stay in range.
+        """
+        generator = torch.Generator().manual_seed(seed)
+        example = self.example_inputs
+        leaves, spec = pytree.tree_flatten(example)
+        dynamic = {i for i, s in enumerate(self.inputs) if s.shape and isinstance(s.shape[0], str)}
+        position = -1
+
+        def fresh(value: Any) -> Any:
+            nonlocal position
+            if not isinstance(value, Tensor):
+                return value
+            position += 1
+            rows = batch if position in dynamic else (value.shape[0] if value.dim() else None)
+            if rows is None:
+                return value
+            pick = torch.randint(value.shape[0], (rows,), generator=generator)
+            if value.dtype.is_floating_point:
+                return torch.randn(rows, *value.shape[1:], generator=generator).to(value.dtype)
+            return value[pick] if position in dynamic else value
+
+        return pytree.tree_unflatten([fresh(v) for v in leaves], spec)
+
+    # -- checking and printing -----------------------------------------------------------------------------------
+
+    def verify(self) -> None:
+        """Lints the graph and re-infers every shape with fake tensors.
+
+        Raises:
+            AxisConflict: if the graph is malformed or a stored shape differs from the inferred one.
+        """
+        from tokenopt.graph import infer_shapes
+
+        try:
+            self.graph.lint()
+        except (RuntimeError, ValueError) as error:
+            raise AxisConflict("the graph is malformed", why=str(error)) from error
+        before = {n.name: _shape(n.meta.get("val")) for n in self.graph.nodes}
+        infer_shapes(self)
+        for node in self.graph.nodes:
+            if before[node.name] is not None and before[node.name] != _shape(node.meta.get("val")):
+                raise AxisConflict(
+                    "a stored shape differs from the inferred one",
+                    where=node.name,
+                    why=f"stored {before[node.name]}, inferred {_shape(node.meta.get('val'))}",
+                )
+
+    def __str__(self) -> str:
+        lines = [f"program({', '.join(f'{i.name}: {i.dtype}{list(i.shape)}' for i in self.inputs)})"]
+        for node in self.graph.nodes:
+            if node.op == "call_function":
+                shape = _shape(node.meta.get("val"))
+                name = str(node.target).removesuffix(".default")
+                operands = ", ".join(_format(a) for a in node.args)
+                extras = "".join(f", {k}={_format(v)}" for k, v in node.kwargs.items())
+                lines.append(f"  %{node.name} = {name}({operands}{extras}) : {shape}")
+        lines.append(f"  return {', '.join(f'%{n.name}' for n in self.output_nodes)}")
+        return "\n".join(lines)
+
+    # -- copying and storing -------------------------------------------------------------------------------------
+
+    def clone(self) -> Program:
+        """A copy whose graph may be mutated; weights are shared."""
+        return Program(_rebuild(self.exported), list(self.provenance))
+
+    def save(self, path: str | os.PathLike[str]) -> Path:
+        """Writes one ``.pt2`` file (an ExportedProgram plus our metadata); an existing file is replaced at the end."""
+        path = Path(path)
+        metadata = {"version": METADATA_VERSION, "provenance": [asdict(e) for e in self.provenance]}
+        with atomic_path(path) as partial, _quiet():
+            torch.export.save(self.exported, str(partial), extra_files={METADATA_FILE: json.dumps(metadata)})
+        return path
+
+
+def capture(
+    model: torch.nn.Module,
+    example_inputs: Sequence[Any] | Mapping[str, Any] | Tensor,
+    *,
+    dynamic_batch: bool = True,
+) -> Program:
+    """Traces a model to a Program.
+
+    Args:
+        model: any module that ``torch.export`` can trace; it is put in eval mode, its weights are shared.
+        example_inputs: a tensor, a tuple of positional inputs, or a dict of keyword inputs. Batch dimension first.
+        dynamic_batch: let the first dimension of every tensor input vary from 1 on.
+
+    Raises:
+        CaptureError: if the model cannot be traced, or only with a fixed batch size.
+    """
+    if isinstance(example_inputs, Tensor):
+        example_inputs = (example_inputs,)
+    kwargs = dict(example_inputs) if isinstance(example_inputs, Mapping) else {}
+    args = () if kwargs else tuple(example_inputs)
+    model = model.eval()
+    shapes = None
+    if dynamic_batch:
+        args, kwargs = pytree.tree_map_only(Tensor, _at_least_two_rows, (args, kwargs))
+        batch = Dim("batch", min=1)
+        shapes = pytree.tree_map(
+            lambda v: ({0: batch} if v.dim() else {}) if isinstance(v, Tensor) else None, (args, kwargs)
+        )
+        shapes = {**dict(zip(_positional_names(model, len(args)), shapes[0], strict=True)), **shapes[1]}
+    try:
+        with torch.no_grad(), _quiet():
+            exported = torch.export.export(model, args, kwargs or None, dynamic_shapes=shapes, strict=False)
+            exported = exported.run_decompositions({})
+    except Exception as error:  # torch.export raises anything, from any depth of the user's model
+        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        fixed = dynamic_batch and ("onstraint" in str(error) or "specializ" in str(error))
+        raise CaptureError(
+            "the model cannot be captured",
+            where=type(model).__name__,
+            why=f"{type(error).__name__}: {reason}",
+            hint="pass dynamic_batch=False (--static-batch)"
+            if fixed
+            else "check that the model runs on the example inputs, and see torch.export's documentation",
+        ) from error
+    program = Program(exported)
+    if dynamic_batch and not program.dynamic_batch:
+        raise CaptureError(
+            "the batch dimension did not stay dynamic",
+            where=type(model).__name__,
+            why="the model's code fixes it",
+            hint="pass dynamic_batch=False (--static-batch)",
+        )
+    return program
+
+
+def flatten_tensors(result: Any) -> list[Tensor]:
+    """The tensors of a (nested) model result, in pytree order."""
+    return [v for v in pytree.tree_leaves(result) if isinstance(v, Tensor)]
+
+
+@contextlib.contextmanager
+def atomic_path(path: Path) -> Iterator[Path]:
+    """A path beside ``path`` to write to; it replaces ``path`` only if the block succeeds, else it is removed."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    handle, name = tempfile.mkstemp(prefix=f".{path.stem}-", suffix=path.suffix, dir=path.parent)
+    os.close(handle)
+    partial = Path(name)
+    try:
+        yield partial
+        os.chmod(partial, 0o644)
+        os.replace(partial, path)
+    finally:
+        partial.unlink(missing_ok=True)
+
+
+def _rebuild(exported: ExportedProgram) -> ExportedProgram:
+    """A copy of the exported program with its own graph and signature; values, weights and example are shared."""
+    import copy
+
+    graph_module = exported.graph_module
+    graph = fx.Graph()
+    outputs = graph.graph_copy(graph_module.graph, mapping := {})
+    old_output = next(n for n in reversed(graph_module.graph.nodes) if n.op == "output")
+    graph.output(outputs).meta.update(old_output.meta)
+    for old, new in mapping.items():
+        new.meta = dict(old.meta)
+    graph.set_codegen(graph_module.graph._codegen)
+    module = fx.GraphModule(graph_module, graph)
+    module.meta = dict(graph_module.meta)
+    return ExportedProgram(
+        root=module,
+        graph=graph,
+        graph_signature=copy.deepcopy(exported.graph_signature),
+        state_dict=dict(exported.state_dict),
+        range_constraints=dict(exported.range_constraints),
+        module_call_graph=copy.deepcopy(exported.module_call_graph),
+        example_inputs=exported.example_inputs,
+        constants=dict(exported.constants),
+        verifiers=exported.verifiers,
+    )
+
+
+def is_user_input(program: Program, node: fx.Node) -> bool:
+    """Whether a placeholder is one of the user's tensors (not a weight, buffer or constant)."""
+    return any(
+        s.kind is InputKind.USER_INPUT and getattr(s.arg, "name", None) == node.name
+        for s in program.exported.graph_signature.input_specs
+    )
+
+
+def _positional_names(model: torch.nn.Module, count: int) -> list[str]:
+    import inspect
+
+    names = []
+    for name, parameter in inspect.signature(model.forward).parameters.items():
+        if parameter.kind is inspect.Parameter.VAR_POSITIONAL:
+            raise CaptureError(
+                "the model's forward takes *args",
+                where=type(model).__name__,
+                why="its inputs have no names",
+                hint="wrap it in a module whose forward names its inputs",
+            )
+        names.append(name)
+    return names[:count]
+
+
+def _at_least_two_rows(value: Tensor) -> Tensor:
+    """torch.export specialises a dimension whose example is 1."""
+    if value.dim() and value.shape[0] == 1:
+        return torch.cat([value, value])
+    return value
+
+
+def _shape(value: Any) -> list[str] | None:
+    return [str(s) for s in value.shape] if isinstance(value, Tensor) else None
+
+
+def _format(value: Any) -> str:
+    if isinstance(value, fx.Node):
+        return f"%{value.name}"
+    if isinstance(value, (list, tuple)):
+        return f"[{', '.join(_format(v) for v in value)}]"
+    return str(value)
+
+
+@contextlib.contextmanager
+def _quiet() -> Iterator[None]:
+    """torch.export warns about its own internals; what matters to the user is raised as an error."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        yield

@@ -1,0 +1,1 @@
+"""Vocabulary 1: reductions, as score x select x fuse x restore at a place."""
