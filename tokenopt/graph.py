@@ -8,6 +8,7 @@ from typing import Any
 import torch
 import torch.utils._pytree as pytree
 from torch import Tensor, fx
+from torch._dispatch.python import enable_python_dispatcher
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.export.graph_signature import InputKind, InputSpec, OutputKind, OutputSpec, TensorArgument
 
@@ -76,7 +77,8 @@ class GraphEditor:
         operand = lambda n: n.meta["val"]  # noqa: E731
         args, kwargs = fx.map_arg(node.args, operand), fx.map_arg(node.kwargs, operand)
         try:
-            with self.mode, torch.no_grad():
+            # the Python dispatcher: C++ kernels of some operations would fix the batch size
+            with self.mode, enable_python_dispatcher(), torch.no_grad():
                 node.meta["val"] = node.target(*args, **kwargs)
         except Exception as error:  # fake kernels raise anything
             raise AxisConflict(

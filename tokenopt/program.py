@@ -49,11 +49,13 @@ class Program:
     """A captured model.
 
     ``exported`` is functional (no in-place operation), un-decomposed (attention, linear and norms are whole) and
-    lifted (weights are placeholders). Passes mutate ``graph`` of a copy; everything else only reads.
+    lifted (weights are placeholders). Passes mutate ``graph`` of a copy; everything else only reads. ``source`` is the
+    module it was captured from, where there is one.
     """
 
     exported: ExportedProgram
     provenance: list[Edit] = field(default_factory=list)
+    source: torch.nn.Module | None = field(default=None, repr=False)
 
     # -- reading -------------------------------------------------------------------------------------------------
 
@@ -145,6 +147,12 @@ class Program:
     def flat(self, *args: Any, **kwargs: Any) -> list[Tensor]:
         """Runs the program and returns the tensors of its result, flattened, in order."""
         return flatten_tensors(self(*args, **kwargs))
+
+    def bind(self, tensors: Sequence[Tensor]) -> tuple[tuple[Any, ...], dict[str, Any]]:
+        """The (args, kwargs) of the captured signature with these tensors, in the order of ``inputs``."""
+        leaves, spec = pytree.tree_flatten(self.example_inputs)
+        fresh = iter(tensors)
+        return pytree.tree_unflatten([next(fresh) if isinstance(v, Tensor) else v for v in leaves], spec)
 
     def random_inputs(self, batch: int, seed: int = 0) -> tuple[tuple[Any, ...], dict[str, Any]]:
         """Fresh random (args, kwargs) like the example, at the given batch size.
@@ -268,7 +276,7 @@ def capture(
             if fixed
             else "check that the model runs on the example inputs, and see torch.export's documentation",
         ) from error
-    program = Program(exported)
+    program = Program(exported, source=model)
     if dynamic_batch and not program.dynamic_batch:
         raise CaptureError(
             "the batch dimension did not stay dynamic",

@@ -132,7 +132,7 @@ class AxisMap:
 
     def literals(self, node: fx.Node) -> list[Literal]:
         """The integers in an operation's arguments that measure an axis."""
-        return self._literals.get(node, [])
+        return [Literal(x.path, tuple(resolve(t) for t in x.lists), x.sign) for x in self._literals.get(node, [])]
 
 
 def resolve(terms: Iterable[Term]) -> Terms:

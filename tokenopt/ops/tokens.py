@@ -125,15 +125,17 @@ def token_map(index: Tensor, src: Tensor, dst: Tensor, total: int) -> Tensor:
     return torch.zeros_like(where).scatter(1, where, value)
 
 
-@op("(Tensor x, Tensor index, Tensor src) -> Tensor")
-def nearest_tokens(x: Tensor, index: Tensor, src: Tensor) -> Tensor:
+@op("(Tensor x, Tensor index, Tensor src, int start, int count) -> Tensor")
+def nearest_tokens(x: Tensor, index: Tensor, src: Tensor, start: int, count: int) -> Tensor:
     """For each dropped token the most similar kept one, by cosine: what ``copy`` restores it from.
 
-    Shapes:  x [B, N, C] · index [B, M] · src [B, R]  ->  dst int64 [B, R]
+    Shapes:  x [B, N, C] · index [B, M] · src [B, R]  ->  dst int64 [B, R], in [start, start + count)
+    Args:    start, count: the kept places to choose from; the others are protected tokens.
     """
     unit = x.float()
     unit = unit / unit.norm(dim=-1, keepdim=True).clamp_min(1e-12)
-    return (_rows(unit, src) @ _rows(unit, index).transpose(1, 2)).argmax(-1)
+    kept = _rows(unit, index[:, start : start + count])
+    return (_rows(unit, src) @ kept.transpose(1, 2)).argmax(-1) + start
 
 
 @op("(Tensor x, Tensor size, int dim, int batch_dim, bool keepdim) -> Tensor")

@@ -94,7 +94,7 @@ def _raise_match(editor: GraphEditor, axes: AxisMap, match: AttentionMatch) -> R
     reshaped = lead is not None and tuple(query.meta["val"].shape[:-2]) != lead
     if reshaped:
         query, key, value = (
-            editor.insert(_last(t, end.prev), aten.view.default, t, _target(editor, (*lead, *t.meta["val"].shape[-2:])),
+            editor.insert(_last(t, end.prev), aten.reshape.default, t, _target(editor, (*lead, *t.meta["val"].shape[-2:])),
                           like=end)
             for t in (query, key, value)
         )  # fmt: skip
@@ -103,7 +103,7 @@ def _raise_match(editor: GraphEditor, axes: AxisMap, match: AttentionMatch) -> R
     if reshaped or (out_lead is not None and tuple(new.meta["val"].shape[:-2]) != out_lead):
         shape = tuple(end.meta["val"].shape)
         shape = (*shape[:-2], *new.meta["val"].shape[-2:])
-        new = editor.insert(new, aten.view.default, new, _target(editor, shape), like=end)
+        new = editor.insert(new, aten.reshape.default, new, _target(editor, shape), like=end)
     if turned is not None and match.output.permute_b is None:
         new = _swap_last(editor, new, end)
     if match.output.permute_out is not None and list(match.output.permute_out) != sorted(match.output.permute_out):
@@ -130,18 +130,18 @@ def _attention(
     if heads is not None:
         rows = editor.rows()
         split = lambda t: [rows, heads, *t.meta["val"].shape[1:]]  # noqa: E731
-        query, key, value = (editor.insert(after, aten.view.default, t, split(t), like=like) for t in (query, key, value))
+        query, key, value = (editor.insert(after, aten.reshape.default, t, split(t), like=like) for t in (query, key, value))
         if bias is not None and len(bias.meta["val"].shape) == 3:
             one = bias.meta["val"].shape[0] == 1
             shape = [1, 1, *bias.meta["val"].shape[1:]] if one else split(bias)
-            bias = editor.insert(after, aten.view.default, bias, shape, like=like)
+            bias = editor.insert(after, aten.reshape.default, bias, shape, like=like)
         after = _last(*(n for n in (query, key, value, bias) if n is not None))
     kwargs: dict[str, Any] = {"scale": scale}
     if is_causal:
         kwargs["is_causal"] = True
     new = editor.insert(after, torch.ops.tokenopt.attention.default, query, key, value, bias, like=like, **kwargs)
     if flat is not None:
-        new = editor.insert(new, aten.view.default, new, [-1, *new.meta["val"].shape[2:]], like=like)
+        new = editor.insert(new, aten.reshape.default, new, [-1, *new.meta["val"].shape[2:]], like=like)
     return new
 
 
@@ -205,7 +205,7 @@ def _bias_term(
         own = [1] * (len(addend.lead) + 2 - len(shape)) + shape
         if own[0] != 1:
             return "two masks are added in different groupings of the batch"
-        node = editor.insert(after, aten.view.default, node, [1] * (added + 1) + own[1:], like=like)
+        node = editor.insert(after, aten.reshape.default, node, [1] * (added + 1) + own[1:], like=like)
     return node
 
 

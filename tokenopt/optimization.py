@@ -1,0 +1,229 @@
+"""optimize: the whole pipeline on one program, with the checks that every run makes."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from tokenopt.analysis.axes import propagate
+from tokenopt.analysis.cuts import find_cuts
+from tokenopt.analysis.sites import AttentionSite, find_sites
+from tokenopt.cost import program_flops
+from tokenopt.errors import Refusal, UsageError
+from tokenopt.inspection import axis_dict, refusal_of
+from tokenopt.parity import Parity
+from tokenopt.passes.fold_constants import FoldConstants
+from tokenopt.passes.raise_attention import RaiseAttention
+from tokenopt.passes.reduce_tokens import ReduceTokens
+from tokenopt.passes.remove_dead import RemoveDead
+from tokenopt.pipeline import Pass, Pipeline, PipelineResult, parse_passes
+from tokenopt.program import Edit, Program, capture, flatten_tensors
+from tokenopt.report import Report
+from tokenopt.tokens.recipe import TokenRecipe
+
+Progress = Callable[[str, int, int], None]
+
+
+@dataclass
+class Result:
+    """What `optimize` returns: the rewritten program, the dense one it came from, and the report."""
+
+    program: Program
+    dense: Program
+    report: Report
+
+    @property
+    def changed(self) -> bool:
+        """Whether any reduction was applied."""
+        return bool(self.report.edits)
+
+
+def optimize(
+    model: torch.nn.Module | Program,
+    example_inputs: Sequence[Any] | Mapping[str, Any] | Tensor | None = None,
+    *,
+    recipe: str | Path | Mapping[str, Any] | TokenRecipe = "tome",
+    schedule: Any = None,
+    settings: Mapping[str, Any] | None = None,
+    passes: str | Iterable[Pass] | None = None,
+    short_outputs: bool = False,
+    dynamic_batch: bool = True,
+    given: Sequence[Tensor] | None = None,
+    progress: Progress | None = None,
+) -> Result:
+    """Reduces the tokens of a model and proves the rewrite.
+
+    Checked on fresh random and on example or given inputs, at two batch sizes: the captured graph equals the model; the
+    dense canonical graph equals the captured one; the recipe with nothing to remove, its reductions inserted all the
+    same, equals the dense graph.
+
+    Args:
+        model: a module (with ``example_inputs``) or a captured program.
+        example_inputs: as for `capture`.
+        recipe: a name, a YAML file, a mapping or a recipe.
+        schedule: how many tokens to remove where: ``{"r": 13}``, ``{"keep": 0.7, "layers": [3, 6]}``, a text or a file;
+            the recipe's own by default.
+        settings: fields of the recipe to change.
+        passes: other passes than the usual ones, as objects or as text.
+        short_outputs: outputs that carry tokens keep the reduced ones.
+        dynamic_batch: as for `capture`.
+        given: inputs to check on beside random ones, as flat tensors.
+        progress: called with (stage, done, total).
+
+    Raises:
+        TokenoptError: CaptureError if the model cannot be traced, ParityError if a check fails, UsageError for
+            arguments that make no sense.
+    """
+    seconds: dict[str, float] = {}
+    stages = ("capture", "rewrite", "check")
+
+    def stage(name: str) -> Callable[[], None]:
+        if progress is not None:
+            progress(name, stages.index(name), len(stages))
+        start = time.perf_counter()
+        return lambda: seconds.__setitem__(name, time.perf_counter() - start)
+
+    done = stage("capture")
+    if isinstance(model, Program):
+        program = model
+    elif example_inputs is None:
+        raise UsageError("a module needs example inputs to be captured", hint="optimize(model, example_inputs)")
+    else:
+        program = capture(model, example_inputs, dynamic_batch=dynamic_batch)
+    done()
+
+    done = stage("rewrite")
+    steps = _steps(passes, recipe, schedule, settings, short_outputs)
+    reducing = [s for s in steps if isinstance(s, ReduceTokens)]
+    canonical = Pipeline([FoldConstants(), RaiseAttention()]).run(program)
+    result = Pipeline(steps).run(program)
+    done()
+
+    done = stage("check")
+    checks = _checks(program, canonical, steps, given)
+    done()
+    if progress is not None:
+        progress("check", len(stages), len(stages))
+    report = _report(program, canonical, result, reducing, steps, checks, short_outputs)
+    report.timings = {**seconds, **result.timings}
+    return Result(result.program, program, report)
+
+
+def _steps(
+    passes: str | Iterable[Pass] | None, recipe: Any, schedule: Any, settings: Mapping[str, Any] | None, short: bool
+) -> list[Pass]:
+    if passes is not None:
+        return parse_passes(passes) if isinstance(passes, str) else list(passes)
+    reduce = ReduceTokens(_recipe(recipe), schedule, dict(settings or {}), short)
+    reduce.resolved()  # a wrong recipe or schedule is an error before any work is done
+    return [FoldConstants(), RaiseAttention(), reduce, RemoveDead()]
+
+
+def _recipe(recipe: Any) -> str | TokenRecipe:
+    from tokenopt import recipes
+
+    return recipe if isinstance(recipe, str) else recipes.get(recipe)
+
+
+def _checks(
+    program: Program, canonical: PipelineResult, steps: list[Pass], given: Sequence[Tensor] | None
+) -> list[dict[str, Any]]:
+    rows: list[dict[str, Any]] = []
+    parity = Parity(program, given)
+    if program.source is not None:
+        source = program.source
+
+        def eager(*tensors: Tensor) -> list[Tensor]:
+            args, kwargs = program.bind(tensors)
+            with torch.no_grad():
+                return flatten_tensors(source(*args, **kwargs))
+
+        rows += parity.check("capture", eager)
+    identity = [s.identity() if isinstance(s, ReduceTokens) else s for s in steps]
+    if identity != steps:
+        neutral = Pipeline(identity).run(program).program
+
+        def rewritten(*tensors: Tensor) -> list[Tensor]:
+            args, kwargs = neutral.bind(tensors)
+            return neutral.flat(*args, **kwargs)[: len(program.output_nodes)]
+
+        rows += parity.check("identity", rewritten)
+    return rows
+
+
+def _report(
+    program: Program, canonical: PipelineResult, result: PipelineResult, reducing: list[ReduceTokens],
+    steps: list[Pass], checks: list[dict[str, Any]], short: bool,
+) -> Report:  # fmt: skip
+    axes = propagate(canonical.program)
+    sites, token_axes = find_sites(axes)
+    _, refusals = find_cuts(axes, sites)
+    refusals = _unique([*result.refusals, *refusals])
+    canonical_names = {"fold-constants", "raise-attention", "remove-dead"}
+    edits = [e for e in result.edits if e.pass_spec.split("{")[0] not in canonical_names]
+    before, after = _token_counts(sites, result.program)
+    leaving = {e.site: e.after for e in edits}
+    return Report(
+        model={
+            "name": type(program.source).__name__ if program.source is not None else "program",
+            "digest": program.digest,
+            "inputs": [asdict(i) for i in program.inputs],
+            "outputs": [asdict(o) for o in program.outputs],
+        },
+        recipe=_recipe_dict(reducing, steps, short),
+        schedule=reducing[0].resolved()[1].to_dict() if reducing else {},
+        axes=[axis_dict(axes, a) for a in token_axes],
+        sites=[
+            {
+                "id": site.id,
+                "kind": site.kind,
+                "axis": site.axis.name if site.axis else None,
+                "tokens_before": site.queries,
+                "tokens_after": leaving.get(site.id) or count,
+                "heads": site.heads,
+                "head_dim": site.head_dim,
+                "refusal": None if site.id in leaving else _refusal_dict(site, refusals),
+            }
+            for site, count in zip(sites, after, strict=True)
+        ],
+        refusals=[r.to_dict() for r in refusals],
+        edits=[asdict(e) for e in edits],
+        flops={"before": program_flops(canonical.program), "after": program_flops(result.program)},
+        tokens={"before": before, "after": after},
+        parity=checks,
+    )
+
+
+def _recipe_dict(reducing: list[ReduceTokens], steps: list[Pass], short: bool) -> dict[str, Any]:
+    passes = ",".join(s.spec for s in steps)
+    if not reducing:
+        return {"name": None, "settings": {}, "passes": passes, "short_outputs": short}
+    recipe = reducing[0].resolved()[0].to_dict()
+    return {"name": recipe.pop("name"), "settings": recipe, "passes": passes, "short_outputs": short}
+
+
+def _refusal_dict(site: AttentionSite, refusals: list[Refusal]) -> dict[str, str] | None:
+    refusal = refusal_of(site, refusals)
+    return refusal.to_dict() if refusal is not None else None
+
+
+def _unique(refusals: Iterable[Refusal]) -> list[Refusal]:
+    return list(dict.fromkeys(refusals))
+
+
+def _token_counts(sites: list[AttentionSite], program: Program) -> tuple[list[int], list[int]]:
+    """Tokens that enter each attention, before and after; sites that were not raised are as before."""
+    now = [n for n in program.graph.nodes if n.target is torch.ops.tokenopt.attention.default]
+    raised = [s for s in sites if s.raised]
+    counts = {s.id: int(n.args[0].meta["val"].shape[-2]) for s, n in zip(raised, now, strict=False)}
+    before = [s.queries for s in sites]
+    return before, [counts.get(s.id, s.queries) for s in sites]
+
+
+__all__ = ["Edit", "Result", "optimize"]
