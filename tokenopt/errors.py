@@ -17,9 +17,7 @@ class TokenoptError(Exception):
 
     exit_code = 1
 
-    def __init__(
-        self, what: str, *, where: str | None = None, why: str | None = None, hint: str | None = None
-    ) -> None:
+    def __init__(self, what: str, *, where: str | None = None, why: str | None = None, hint: str | None = None) -> None:
         self.what, self.where, self.why, self.hint = what, where, why, hint
         lines = [what]
         for label, text in (("where", where), ("why", why), ("try", hint)):

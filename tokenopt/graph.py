@@ -110,9 +110,9 @@ class GraphEditor:
                 user.replace_input_with(old, new)
 
     def finish(self) -> None:
-        """Removes what nothing reads, re-infers every value, and recompiles."""
+        """Removes what nothing reads and brings signature and code up to date; stored values are true already."""
         remove_dead(self.program)
-        infer_shapes(self.program)
+        sync_outputs(self.program)
 
 
 def fake_mode(program: Program) -> FakeTensorMode:
@@ -151,7 +151,9 @@ def add_output(program: Program, node: fx.Node, name: str) -> None:
     exported = program.exported
     out = next(n for n in reversed(program.graph.nodes) if n.op == "output")
     out.args = ((*out.args[0], node),)
-    exported.graph_signature.output_specs.append(OutputSpec(OutputKind.USER_OUTPUT, TensorArgument(name=node.name), name))
+    exported.graph_signature.output_specs.append(
+        OutputSpec(OutputKind.USER_OUTPUT, TensorArgument(name=node.name), name)
+    )
     root = exported.module_call_graph[0].signature
     root.outputs.append(TensorArgument(name=node.name))
     root.out_spec = pytree.TreeSpec(tuple, None, [root.out_spec, pytree.LeafSpec()])

@@ -24,9 +24,10 @@ def inspect(program: Program) -> dict[str, Any]:
     Constants are folded and attention is raised on a copy first, as `optimize` does.
 
     Returns:
-        ``model`` {inputs, outputs, nodes} · ``axes`` [{name, length, segments, carried_by}] · ``sites`` [{id, kind, axis,
-        queries, keys, heads, head_dim, raised, legal, refusal}] · ``effects`` {axis: {effect: count}} · ``cuts`` [{site,
-        after, where, axis, width, depth, obligations, restore_before}] · ``opaque`` [{node, op, where, template}]
+        ``model`` {inputs, outputs, nodes} · ``axes`` [{name, length, segments, carried_by}] · ``sites`` [{id, kind,
+        axis, queries, keys, heads, head_dim, raised, legal, refusal}] · ``effects`` {axis: {effect: count}} · ``cuts``
+        [{site, after, where, axis, width, depth, obligations, restore_before}] · ``opaque`` [{node, op, where,
+        template}]
     """
     canonical = Pipeline([FoldConstants(), RaiseAttention()]).run(program).program
     axes = propagate(canonical)
@@ -108,7 +109,9 @@ def _effects(axes: AxisMap, segment: Segment) -> dict[str, int]:
     """How often each effect befalls the reducible tokens of an axis."""
     counts: Counter[str] = Counter()
     for node in axes.program.graph.nodes:
-        operands = [n for n in tensor_operands(node) if (d := axes.dims(n)) and any(contains(t, segment.terms) for t in d)]
+        operands = [
+            n for n in tensor_operands(node) if (d := axes.dims(n)) and any(contains(t, segment.terms) for t in d)
+        ]
         if not operands or node.op == "placeholder":
             continue
         data = [n for n in operands if n in axes.data]

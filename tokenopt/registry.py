@@ -40,7 +40,9 @@ def load(group: str, name: str) -> Any:
     point = _points(group).get(name)
     if point is None:
         kind = group.removeprefix("tokenopt.").removesuffix("s").replace("_", " ")
-        raise UsageError(f"there is no {kind} {name!r}", hint=f"one of: {', '.join(names(group)) or '(none installed)'}")
+        raise UsageError(
+            f"there is no {kind} {name!r}", hint=f"one of: {', '.join(names(group)) or '(none installed)'}"
+        )
     return point.load()
 
 

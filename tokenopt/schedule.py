@@ -50,7 +50,9 @@ class Schedule:
             try:
                 data = yaml.safe_load(Path(text).read_text())
             except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
-                raise UsageError("the schedule file cannot be read", where=text, why=str(error).splitlines()[0]) from error
+                raise UsageError(
+                    "the schedule file cannot be read", where=text, why=str(error).splitlines()[0]
+                ) from error
             if not isinstance(data, Mapping):
                 raise UsageError("the schedule file holds no mapping", where=text, hint='e.g. {"r": 13}')
             return _from_mapping(data.get("schedule", data))

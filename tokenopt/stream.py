@@ -84,8 +84,8 @@ class _Version:
     """One state of the stream, after a reduction.
 
     ``index``, ``src``, ``dst`` are the plan over the parent's sequence of ``total`` tokens, whose segment starts at
-    ``start`` and had ``before`` tokens and now has ``count``; ``terms`` are the sequence's; ``stream`` is the value that
-    was reduced; ``size`` [B, M] is how many originals each token of the whole sequence stands for.
+    ``start`` and had ``before`` tokens and now has ``count``; ``terms`` are the sequence's; ``stream`` is the value
+    that was reduced; ``size`` [B, M] is how many originals each token of the whole sequence stands for.
     """
 
     parent: _Version | None
@@ -223,7 +223,7 @@ class StreamRewriter:
             return back(self.editor.item(merged, 0))
         for dim in at:
             index = self._local(step)
-            node = self._gather(node, dims, dim, index, step.before, step.count, rank=len(dims), batch_dim=None)
+            node = self._gather(node, dims, dim, index, step.before, rank=len(dims), batch_dim=None)
         return node
 
     # -- the pieces of a version ---------------------------------------------------------------------------------------
@@ -240,7 +240,9 @@ class StreamRewriter:
             node = version.index
             total = node.meta["val"].shape[1]
             if version.count != total:
-                node = self.editor.insert(node, aten.slice.Tensor, node, 1, version.start, version.start + version.count)
+                node = self.editor.insert(
+                    node, aten.slice.Tensor, node, 1, version.start, version.start + version.count
+                )
             if version.start:
                 node = self.editor.insert(node, aten.sub.Tensor, node, version.start)
             return node
@@ -267,7 +269,9 @@ class StreamRewriter:
             node = self.editor.insert(last_of(version.index, version.src, version.dst), ops.token_map.default,
                                       version.index, version.src, version.dst, total)  # fmt: skip
             if version.before != total:
-                node = self.editor.insert(node, aten.slice.Tensor, node, 1, version.start, version.start + version.before)
+                node = self.editor.insert(
+                    node, aten.slice.Tensor, node, 1, version.start, version.start + version.before
+                )
             if version.start:
                 node = self.editor.insert(node, aten.sub.Tensor, node, version.start)
             if version.parent is None:
@@ -285,7 +289,9 @@ class StreamRewriter:
         def make() -> fx.Node:
             size = version.size
             if version.count != size.meta["val"].shape[1]:
-                size = self.editor.insert(size, aten.slice.Tensor, size, 1, version.start, version.start + version.count)
+                size = self.editor.insert(
+                    size, aten.slice.Tensor, size, 1, version.start, version.start + version.count
+                )
             before = offset_in(terms, self.segment)
             behind = reduced_length(terms, self.segment, version.count) - before - version.count
             parts = [size]
@@ -338,8 +344,9 @@ class StreamRewriter:
             dims = self.axes.dims(operand)
             for dim, terms in enumerate(dims):
                 if contains(terms, self.segment):
-                    node = self._gather(node, dims, dim, self._map(version), version.count, None, rank=len(dims),
-                                        batch_dim=None)  # fmt: skip
+                    node = self._gather(
+                        node, dims, dim, self._map(version), version.count, rank=len(dims), batch_dim=None
+                    )
             self.restored[operand] = node
         return self.restored[operand]
 
@@ -371,8 +378,8 @@ class StreamRewriter:
                 rank, at = len(out) - batch, 0
             for dim, terms in enumerate(dims):
                 if contains(terms, self.segment):
-                    current = self._gather(current, dims, dim, self._index(version), self.full, version.count, rank=rank,
-                                           batch_dim=at)  # fmt: skip
+                    index = self._index(version)
+                    current = self._gather(current, dims, dim, index, self.full, rank=rank, batch_dim=at)
             self.aligned[key] = current
         return self.aligned[key]
 
@@ -387,7 +394,7 @@ class StreamRewriter:
         return next((i for i, d in enumerate(dims) if length(d) == 1), 0)
 
     def _gather(
-        self, node: fx.Node, dims: tuple[Terms, ...], dim: int, index: fx.Node, have: int, count: int | None, *,
+        self, node: fx.Node, dims: tuple[Terms, ...], dim: int, index: fx.Node, have: int, *,
         rank: int, batch_dim: int | None,
     ) -> fx.Node:  # fmt: skip
         """Reads tokens along one dimension by a per-sample index, opening that dimension and the batch if needed.
@@ -425,7 +432,9 @@ class StreamRewriter:
     ) -> fx.Node:
         """The same where batch or tokens share a dimension with others: open it, gather, close it."""
         editor, batch = self.editor, self.axes.batch
-        closed = [reduced_length(d, self.segment, have) if d[: len(batch)] != batch or not batch else None for d in dims]
+        closed = [
+            reduced_length(d, self.segment, have) if d[: len(batch)] != batch or not batch else None for d in dims
+        ]
         opened: list[Terms] = []
         token_at = batch_at = 0
         for i, terms in enumerate(dims):

@@ -66,7 +66,6 @@ class AttentionMatch:
     softmax: fx.Node
     scores: Product
     output: Product
-    transposed: bool
     scale: float
     factors: list[fx.Node] = field(default_factory=list)
     addends: list[Addend] = field(default_factory=list)
@@ -148,7 +147,7 @@ def match_attention(axes: AxisMap, softmax: fx.Node) -> AttentionMatch | Refusal
             return Refusal(where, _why_between(node, "before"), _KEEP_DENSE)
         else:
             return None
-    if scores.a not in axes.data or scores.b not in axes.data:
+    if scores.a not in axes.data and scores.b not in axes.data:
         return None
     dim = softmax.args[1] % rank
     if scores.added is not None:
@@ -157,7 +156,8 @@ def match_attention(axes: AxisMap, softmax: fx.Node) -> AttentionMatch | Refusal
     output = _value_product(softmax, after)
     if isinstance(output, str):
         return Refusal(where, output, _KEEP_DENSE)
-    transposed = bool(after) and after[-1].target in _TRANSPOSES
+    if not any(n in axes.data for n in (output.a, output.b) if n is not softmax and n not in after):
+        return None  # a lookup in learned values, not attention
     logit_dims = axes.dims(logits)
     inner = _contracted(axes, scores)
     if logit_dims is not None and inner is not None and _is_channels(axes, logit_dims[dim], inner):
@@ -167,7 +167,7 @@ def match_attention(axes: AxisMap, softmax: fx.Node) -> AttentionMatch | Refusal
         )  # fmt: skip
     if dim != rank - 1:
         return Refusal(where, "a transposed softmax: each key distributes itself over the queries", _KEEP_DENSE)
-    return AttentionMatch(softmax, scores, output, transposed, scale * scores.scale, tensors, addends, views, after)
+    return AttentionMatch(softmax, scores, output, scale * scores.scale, tensors, addends, views, after)
 
 
 _KEEP_DENSE = "it stays as it is; the other sites of the model are not affected"

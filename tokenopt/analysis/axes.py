@@ -126,6 +126,13 @@ class AxisMap:
             self._resolved[node] = tuple(resolve(d) for d in dims) if single else None
         return self._resolved[node]
 
+    def results(self, node: fx.Node) -> list[Dims]:
+        """The terms of each dimension of each tensor that a node returns."""
+        dims = self._dims.get(node)
+        if isinstance(dims, list):
+            return [tuple(resolve(t) for t in d) for d in dims if d is not None]
+        return [] if dims is None else [self.dims(node)]
+
     def effects(self, node: fx.Node) -> list[Effect]:
         """The effects of an operation on the dimensions of its operands, other than PASS."""
         return self._effects.get(node, [])

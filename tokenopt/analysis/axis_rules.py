@@ -289,7 +289,9 @@ def cat(axes: Axes, node: fx.Node) -> Dims:
     operands = [n for n in node.args[0] if len(axes.map._dims[n]) == len(shape)]
     operands = [n for n in operands if axes.shape(n.meta["val"])[dim] != 0]
     dims = [list(axes.of(n)) for n in operands]
-    out = broadcast(axes, node, [[t for i, t in enumerate(d) if i != dim] for d in dims], shape[:dim] + shape[dim + 1 :])
+    out = broadcast(
+        axes, node, [[t for i, t in enumerate(d) if i != dim] for d in dims], shape[:dim] + shape[dim + 1 :]
+    )
     joined = dims[0][dim] if len(dims) == 1 else (concatenate([resolve(d[dim]) for d in dims]),)
     return (*out[:dim], resolve(joined), *out[dim:])
 
@@ -520,7 +522,7 @@ def matmul(axes: Axes, node: fx.Node) -> Dims | None:
     axes.unify(da[-1], db[-2])
     for operand, dim in ((a, len(da) - 1), (b, len(db) - 2)):
         axes.effect(node, operand, dim, EffectKind.LAYOUT, "a matrix product sums over it")
-    for weight, dims, out in ((a, da, da[-2]), (b, db, db[-1])):
+    for weight, out in ((a, da[-2]), (b, db[-1])):
         if weight not in axes.map.data:
             axes.mark_channel(da[-1])
             axes.mark_channel(out)
@@ -769,7 +771,6 @@ def gathered(axes: Axes, node: fx.Node) -> Dims:
     return tuple(
         dims[i - at] if i >= at and length(dims[i - at]) == s else axes.fresh(s, node, i) for i, s in enumerate(shape)
     )
-
 
 
 @axis_rule("tokenopt.merge_tokens tokenopt.match_bipartite tokenopt.select_topk tokenopt.attention_probe "

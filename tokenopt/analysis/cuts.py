@@ -13,8 +13,18 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor, fx
 
-from tokenopt.analysis.axes import BARRIERS, AxisMap, Cat, Effect, EffectKind, Literal, Terms, factors, length
-from tokenopt.analysis.axes import tensor_operands
+from tokenopt.analysis.axes import (
+    BARRIERS,
+    AxisMap,
+    Cat,
+    Effect,
+    EffectKind,
+    Literal,
+    Terms,
+    factors,
+    length,
+    tensor_operands,
+)
 from tokenopt.analysis.sites import AttentionSite, Segment, TokenAxis
 from tokenopt.cost import node_flops
 from tokenopt.errors import Refusal
@@ -125,7 +135,7 @@ def decide(axes: AxisMap, node: fx.Node, segment: Terms, reduced: Iterable[fx.No
             decision.attends = True
         elif effect.kind is EffectKind.SEGMENT:
             decision.segments = True
-    for dims in _results(axes, node):
+    for dims in axes.results(node):
         for terms in dims:
             if tears(terms, segment):
                 operand = next(iter(reduced))
@@ -139,14 +149,6 @@ def decide(axes: AxisMap, node: fx.Node, segment: Terms, reduced: Iterable[fx.No
             decision.align.append(operand)
     decision.literals = [x for x in axes.literals(node) if any(contains(t, segment) for t in x.lists)]
     return decision
-
-
-def _results(axes: AxisMap, node: fx.Node) -> list[tuple[Terms, ...]]:
-    dims = axes.dims(node)
-    if dims is not None:
-        return [dims]
-    many = axes._dims.get(node)
-    return [tuple(tuple(t) for t in d) for d in many if d is not None] if isinstance(many, list) else []
 
 
 # -- cuts --------------------------------------------------------------------------------------------------------------
@@ -163,6 +165,7 @@ class StreamCut:
         obligations: how many operations behind it need which mending, until the next cut or a restore.
         restores: the effects before which all tokens come back.
         chained: whether its reduced tokens reach the next cut.
+        width: how many values carry the tokens across this place; 1 is the residual stream alone.
         savings: floating-point operations per token of the region behind it, at batch size 1.
     """
 
@@ -172,7 +175,7 @@ class StreamCut:
     segment: Segment
     layer: int
     depth: float
-    width: int = 1
+    width: int = 0
     obligations: Counter[str] = field(default_factory=Counter)
     restores: list[Effect] = field(default_factory=list)
     chained: bool = False
@@ -181,12 +184,12 @@ class StreamCut:
 
 def find_cuts(axes: AxisMap, sites: list[AttentionSite]) -> tuple[list[StreamCut], list[Refusal]]:
     """The cut behind each self-attention site, in order, and why the other sites have none."""
-    order = {n: i for i, n in enumerate(axes.program.graph.nodes)}
+    ancestors = _ancestors(axes)
     candidates = [s for s in sites if s.kind in ("self", "joint")]
     cuts: list[StreamCut] = []
     refusals: list[Refusal] = []
     for layer, site in enumerate(candidates):
-        found = _cut_of(axes, site, order)
+        found = _cut_of(axes, site, ancestors)
         if isinstance(found, Refusal):
             refusals.append(found)
         else:
@@ -209,7 +212,7 @@ def find_cuts(axes: AxisMap, sites: list[AttentionSite]) -> tuple[list[StreamCut
 _OTHERS = "reduce the self-attention sites of its streams"
 
 
-def _cut_of(axes: AxisMap, site: AttentionSite, order: dict[fx.Node, int]) -> fx.Node | Refusal:
+def _cut_of(axes: AxisMap, site: AttentionSite, ancestors: Ancestors) -> fx.Node | Refusal:
     """The residual sum behind a site: the first sum of something that the site made and something it was made from."""
     if site.refusal is not None:
         return site.refusal
@@ -222,7 +225,7 @@ def _cut_of(axes: AxisMap, site: AttentionSite, order: dict[fx.Node, int]) -> fx
             f"it attends within windows or frames: its {site.axis} tokens are a part of each sample's",
             "use a local attention pattern here, or reduce the sites that attend to all tokens",
         )
-    above = _ancestors(site.node.args[0])
+    query = site.node.args[0]
     below = {site.node}
     for node in _behind(site.node):
         operands = tensor_operands(node)
@@ -231,23 +234,25 @@ def _cut_of(axes: AxisMap, site: AttentionSite, order: dict[fx.Node, int]) -> fx
         below.add(node)
         if node.target is not aten.add.Tensor or len(operands) != 2:
             continue
-        if sum(n in above for n in operands) != 1 or not any(contains(d, segment.terms) for d in axes.dims(node)):
+        if sum(ancestors.has(query, n) for n in operands) != 1 or not any(
+            contains(d, segment.terms) for d in axes.dims(node)
+        ):
             continue
         problem = _stream_problem(axes, node, segment, site)
         if problem is not None:
             return problem
-        return _last_of_sum(axes, node, above, segment)
+        return _last_of_sum(axes, node, query, ancestors)
     return Refusal(site.id, "no residual sum follows it that carries its tokens", "its tokens go their own way here")
 
 
-def _last_of_sum(axes: AxisMap, node: fx.Node, above: set[fx.Node], segment: Segment) -> fx.Node:
+def _last_of_sum(axes: AxisMap, node: fx.Node, query: fx.Node, ancestors: Ancestors) -> fx.Node:
     """Behind parallel branches: the last of the sums that join them."""
     while len(node.users) == 1:
         user = next(iter(node.users))
         if user.target is not aten.add.Tensor or len(tensor_operands(user)) != 2:
             return node
         other = next(n for n in tensor_operands(user) if n is not node)
-        if other not in axes.data or other in above or axes.dims(other) != axes.dims(node):
+        if other not in axes.data or ancestors.has(query, other) or axes.dims(other) != axes.dims(node):
             return node
         node = user
     return node
@@ -268,16 +273,27 @@ def _stream_problem(axes: AxisMap, node: fx.Node, segment: Segment, site: Attent
     return None
 
 
-def _ancestors(node: fx.Node) -> set[fx.Node]:
-    """The values a node is computed from, within the last few blocks."""
-    seen, stack = set(), [node]
-    while stack:
-        current = stack.pop()
-        if current in seen or len(seen) > 400:
-            continue
-        seen.add(current)
-        stack.extend(current.all_input_nodes)
-    return seen
+@dataclass
+class Ancestors:
+    """Which values each value is computed from, as bit sets over the graph's order."""
+
+    bit: dict[fx.Node, int]
+    above: dict[fx.Node, int]
+
+    def has(self, node: fx.Node, other: fx.Node) -> bool:
+        """Whether ``node`` is computed from ``other`` (or is it)."""
+        return bool(self.above[node] & self.bit[other])
+
+
+def _ancestors(axes: AxisMap) -> Ancestors:
+    bit: dict[fx.Node, int] = {}
+    above: dict[fx.Node, int] = {}
+    for i, node in enumerate(axes.program.graph.nodes):
+        bit[node] = 1 << i
+        above[node] = bit[node]
+        for operand in node.all_input_nodes:
+            above[node] |= above[operand]
+    return Ancestors(bit, above)
 
 
 def _behind(node: fx.Node) -> Iterable[fx.Node]:
@@ -294,6 +310,7 @@ def _walk(axes: AxisMap, cuts: list[StreamCut]) -> None:
     for cut in cuts:
         by_segment.setdefault(cut.segment.terms, []).append(cut)
     for segment, group in by_segment.items():
+        _measure_widths(axes, segment, group)
         starts = {c.after: c for c in group}
         carried: dict[fx.Node, StreamCut] = {}
         began = False
@@ -317,6 +334,18 @@ def _walk(axes: AxisMap, cuts: list[StreamCut]) -> None:
                     carried[node].chained = True
                 carried[node] = starts[node]
                 began = True
+
+
+def _measure_widths(axes: AxisMap, segment: Terms, cuts: list[StreamCut]) -> None:
+    order = {n: i for i, n in enumerate(axes.program.graph.nodes)}
+    spans = []
+    for node, born in order.items():
+        dims = axes.dims(node) if node in axes.data else None
+        if dims is not None and any(contains(d, segment) for d in dims):
+            spans.append((born, max((order[u] for u in node.users), default=born)))
+    for cut in cuts:
+        at = order[cut.after]
+        cut.width = sum(born <= at < dies for born, dies in spans)
 
 
 def _count(obligations: Counter[str], decision: Decision) -> None:

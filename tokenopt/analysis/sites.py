@@ -101,7 +101,11 @@ def find_sites(axes: AxisMap) -> tuple[list[AttentionSite], list[TokenAxis]]:
             axis, other = query[-2], key[-2]
             kind = "self" if axis == other else "cross"
             token_axis = axis_of(axis) if length(axis) > 1 else axis_of(other) if length(other) > 1 else None
-            if kind == "self" and token_axis and sum(s.name in ("patch", "text", "token") for s in token_axis.segments) > 1:
+            if (
+                kind == "self"
+                and token_axis
+                and sum(s.name in ("patch", "text", "token") for s in token_axis.segments) > 1
+            ):
                 kind = "joint"
             heads = shape[1] if len(shape) >= 4 and isinstance(shape[1], int) else 1
             sites.append(AttentionSite(unique(node), node, kind, token_axis, length(axis), length(other), heads,

@@ -24,8 +24,8 @@ def attention(
 ) -> Tensor:
     """Softmax attention, ``softmax(q k^T scale + bias + key_bias) v``.
 
-    Shapes:  query [..., N, D] · key [..., M, D] · value [..., M, E] · bias broadcast to [..., N, M], additive or boolean
-             (True is visible) · key_bias [B, M], for 4-D query only  ->  [..., N, E]
+    Shapes:  query [..., N, D] · key [..., M, D] · value [..., M, E] · bias broadcast to [..., N, M], additive or
+             boolean (True is visible) · key_bias [B, M], for 4-D query only  ->  [..., N, E]
     Args:    scale defaults to D ** -0.5.
     Equals:  scaled_dot_product_attention(query, key, value, bias) where key_bias is None.
     """
@@ -47,7 +47,7 @@ def attention(
         out = _sdpa(query.unsqueeze(1), key.unsqueeze(1), value.unsqueeze(1), bias, scale, is_causal)
         return out.squeeze(1)
     lead = query.shape[1:-2]
-    if bias is not None and bias.dim() > 4:
+    if bias is not None and bias.dim() > 2:
         bias = bias.expand(*query.shape[:-2], *bias.shape[-2:]).flatten(1, -3)
     q, k, v = (t.flatten(1, -3) for t in (query, key, value))
     return _sdpa(q, k, v, bias, scale, is_causal).unflatten(1, lead)
@@ -61,9 +61,7 @@ def _sdpa(
     )
 
 
-@op(
-    "(Tensor query, Tensor key, Tensor? bias, Tensor? key_bias, int row, int count, *, float? scale=None) -> Tensor"
-)
+@op("(Tensor query, Tensor key, Tensor? bias, Tensor? key_bias, int row, int count, *, float? scale=None) -> Tensor")
 def attention_probe(
     query: Tensor,
     key: Tensor,

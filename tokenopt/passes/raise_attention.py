@@ -93,17 +93,13 @@ def _raise_match(editor: GraphEditor, axes: AxisMap, match: AttentionMatch) -> R
     out_lead = tuple(end.meta["val"].shape[:-2]) if match.output.permute_out is None else None
     reshaped = lead is not None and tuple(query.meta["val"].shape[:-2]) != lead
     if reshaped:
-        query, key, value = (
-            editor.insert(_last(t, end.prev), aten.reshape.default, t, _target(editor, (*lead, *t.meta["val"].shape[-2:])),
-                          like=end)
-            for t in (query, key, value)
-        )  # fmt: skip
+        query, key, value = (_reshaped(editor, t, (*lead, *t.meta["val"].shape[-2:]), end) for t in (query, key, value))
     scale = match.scale
     new = _attention(editor, axes, end, query, key, value, bias, scale, False)
     if reshaped or (out_lead is not None and tuple(new.meta["val"].shape[:-2]) != out_lead):
         shape = tuple(end.meta["val"].shape)
         shape = (*shape[:-2], *new.meta["val"].shape[-2:])
-        new = editor.insert(new, aten.reshape.default, new, _target(editor, shape), like=end)
+        new = _reshaped(editor, new, shape, end)
     if turned is not None and match.output.permute_b is None:
         new = _swap_last(editor, new, end)
     if match.output.permute_out is not None and list(match.output.permute_out) != sorted(match.output.permute_out):
@@ -130,7 +126,9 @@ def _attention(
     if heads is not None:
         rows = editor.rows()
         split = lambda t: [rows, heads, *t.meta["val"].shape[1:]]  # noqa: E731
-        query, key, value = (editor.insert(after, aten.reshape.default, t, split(t), like=like) for t in (query, key, value))
+        query, key, value = (
+            editor.insert(after, aten.reshape.default, t, split(t), like=like) for t in (query, key, value)
+        )
         if bias is not None and len(bias.meta["val"].shape) == 3:
             one = bias.meta["val"].shape[0] == 1
             shape = [1, 1, *bias.meta["val"].shape[1:]] if one else split(bias)
@@ -229,7 +227,9 @@ def _visible_bias(axes: AxisMap, node: fx.Node | None) -> fx.Node | None:
 
 def _hides_nothing(axes: AxisMap, node: fx.Node, addend: Addend | None) -> bool:
     """A constant mask of all True (or a bias of all zeros), possibly expanded."""
-    while node.target in (aten.expand.default, aten._to_copy.default, aten.to.dtype) and isinstance(node.args[0], fx.Node):
+    while node.target in (aten.expand.default, aten._to_copy.default, aten.to.dtype) and isinstance(
+        node.args[0], fx.Node
+    ):
         node = node.args[0]
     value = axes.program.constant(node)
     if not isinstance(value, Tensor):
@@ -239,9 +239,10 @@ def _hides_nothing(axes: AxisMap, node: fx.Node, addend: Addend | None) -> bool:
     return not bool(value.any())
 
 
-def _target(editor: GraphEditor, shape: tuple[Any, ...]) -> list[Any]:
-    """Sizes for a view: the one dynamic size is inferred."""
-    return [s if isinstance(s, int) else -1 for s in shape]
+def _reshaped(editor: GraphEditor, node: fx.Node, shape: tuple[Any, ...], like: fx.Node) -> fx.Node:
+    """A reshape in which the one dynamic size is inferred."""
+    sizes = [s if isinstance(s, int) else -1 for s in shape]
+    return editor.insert(_last(node, like.prev), aten.reshape.default, node, sizes, like=like)
 
 
 def _last(*nodes: fx.Node) -> fx.Node:

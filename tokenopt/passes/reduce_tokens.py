@@ -18,7 +18,7 @@ from tokenopt.graph import GraphEditor
 from tokenopt.pipeline import Pass, PassResult
 from tokenopt.program import Program
 from tokenopt.schedule import Schedule
-from tokenopt.stream import Plan, Stream, StreamRewriter, last_of
+from tokenopt.stream import Plan, Stream, StreamRewriter
 from tokenopt.tokens.recipe import TokenRecipe
 
 aten = torch.ops.aten
@@ -76,7 +76,9 @@ class ReduceTokens(Pass):
                 group = group[-1:]
                 if not any(contains(d, segment) for n in program.output_nodes for d in axes.dims(n) or ()):
                     why = f"recipe {recipe.name} shortens the encoder's output, and no output carries these tokens"
-                    result.refusals.append(Refusal(group[0].site.id, why, "capture the encoder so that it returns them"))
+                    result.refusals.append(
+                        Refusal(group[0].site.id, why, "capture the encoder so that it returns them")
+                    )
                     continue
             planner = _Planner(recipe, schedule, own, self.neutral)
             rewriter = StreamRewriter(
@@ -158,7 +160,7 @@ class _Planner:
         return self._of_stream(stream, score)
 
     def _of_stream(self, stream: Stream, score: fx.Node) -> fx.Node | None:
-        """What a site says of its keys, for the tokens of the stream alone: a joint attention has those of others, too."""
+        """What a site says of its keys, for the stream's tokens alone: a joint attention has others, too."""
         if score.meta["val"].shape[1] == stream.total:
             return score
         start = offset_in(stream.cut.axis.terms, stream.cut.segment.terms)

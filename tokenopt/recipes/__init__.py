@@ -33,7 +33,9 @@ def get(recipe: str | Path | Mapping[str, Any] | TokenRecipe) -> TokenRecipe:
         try:
             data = yaml.safe_load(path.read_text())
         except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
-            raise UsageError("the recipe file cannot be read", where=str(path), why=str(error).splitlines()[0]) from error
+            raise UsageError(
+                "the recipe file cannot be read", where=str(path), why=str(error).splitlines()[0]
+            ) from error
         if not isinstance(data, dict):
             raise UsageError("the recipe file holds no mapping", where=str(path))
         return TokenRecipe.from_dict(data.get("recipe", data))

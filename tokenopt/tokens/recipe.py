@@ -71,7 +71,8 @@ class TokenRecipe:
         for name, choices in CHOICES.items():
             if getattr(self, name) not in choices:
                 raise UsageError(
-                    f"recipe {self.name}: there is no {name} {getattr(self, name)!r}", hint=f"one of {', '.join(choices)}"
+                    f"recipe {self.name}: there is no {name} {getattr(self, name)!r}",
+                    hint=f"one of {', '.join(choices)}",
                 )
         if (self.select == "bipartite") != (self.score == "mean_key"):
             raise UsageError(

@@ -1,0 +1,35 @@
+"""What every test starts from: a fixed seed, one thread, no network, and skips for what the machine lacks."""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+
+import pytest
+import torch
+
+os.environ["HF_HUB_OFFLINE"] = "1"  # read when transformers and timm are imported: no test may download
+
+_NEEDS = {
+    "gpu": (torch.cuda.is_available, "no CUDA device"),
+    "tensorrt": (
+        lambda: any(importlib.util.find_spec(name) for name in ("tensorrt", "tensorrt_rtx")),
+        "neither tensorrt nor tensorrt_rtx is installed",
+    ),
+}
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Skips the tests marked with something this machine does not have."""
+    for marker, (available, reason) in _NEEDS.items():
+        marked = [item for item in items if item.get_closest_marker(marker)]
+        if marked and not available():
+            for item in marked:
+                item.add_marker(pytest.mark.skip(reason=reason))
+
+
+@pytest.fixture(autouse=True)
+def _reproducible() -> None:
+    """The same random numbers in every test, whatever ran before it and in which process."""
+    torch.manual_seed(0)
+    torch.set_num_threads(1)

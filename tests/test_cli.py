@@ -1,0 +1,279 @@
+"""The command line, verb by verb, in this process."""
+
+from __future__ import annotations
+
+import io
+import json
+from collections.abc import Callable
+from pathlib import Path
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+import yaml
+from timm.layers import Mlp
+from timm.models.vision_transformer import VisionTransformer
+
+from tokenopt import cli, run, terminal
+from tokenopt.report import Report
+
+SHAPE = ("--input-shape", "1x1x16x16")
+Cli = Callable[..., SimpleNamespace]
+
+
+def tiny_vit() -> VisionTransformer:
+    """17 tokens of width 32 through 2 blocks, no weight zero."""
+    torch.manual_seed(0)
+    model = VisionTransformer(
+        img_size=16, patch_size=4, in_chans=1, num_classes=10, embed_dim=32, depth=2, num_heads=2
+    )
+    for parameter in model.parameters():
+        parameter.data += 0.02 * torch.randn_like(parameter)
+    return model.eval()
+
+
+@pytest.fixture(scope="module")
+def models(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with vit.pt, mlp.pt and data.npz."""
+    folder = tmp_path_factory.mktemp("models")
+    torch.save(tiny_vit(), folder / "vit.pt")
+    torch.save(Mlp(16).eval(), folder / "mlp.pt")  # nothing to reduce
+    np.savez(folder / "data.npz", x=np.random.default_rng(0).normal(size=(5, 1, 16, 16)).astype(np.float32))
+    return folder
+
+
+@pytest.fixture
+def tokenopt(capsys: pytest.CaptureFixture[str]) -> Cli:
+    """Runs the command line, checks its exit code and returns ``out``, ``err`` and ``json()``."""
+
+    def call(*arguments: object, code: int = 0) -> SimpleNamespace:
+        capsys.readouterr()
+        with pytest.raises(SystemExit) as end:
+            cli.main([str(a) for a in arguments])
+        out, err = capsys.readouterr()
+        assert end.value.code == code, err
+        assert "Traceback" not in err and "\x1b" not in out + err
+        return SimpleNamespace(out=out, err=err, json=lambda: json.loads(out))
+
+    return call
+
+
+@pytest.fixture(scope="module")
+def optimised(models: Path) -> Path:
+    """What one run of optimize leaves."""
+    out = models / "out"
+    arguments = ["optimize", models / "vit.pt", *SHAPE, "--schedule", "r=4", "--data", models / "data.npz", "-o", out]
+    with pytest.raises(SystemExit) as end:
+        cli.main([*map(str, arguments), "--threads", "1"])
+    assert end.value.code == 0
+    return out
+
+
+# -- optimize --------------------------------------------------------------------------------------------------------
+
+
+def test_optimize_leaves_its_files_and_no_others(optimised: Path) -> None:
+    names = {p.name for p in optimised.iterdir()}
+    assert names == {"model.pt2", "model.onnx", "recipe.resolved.yaml", "report.json"}
+    assert set(Report.load(optimised / "report.json").files.values()) == names
+
+
+def test_optimize_proves_and_times_every_export(optimised: Path) -> None:
+    report = Report.load(optimised / "report.json")
+    assert report.passed and report.reduced
+    assert report.tokens == {"before": [17, 17], "after": [17, 13]}
+    assert report.flops["after"] < report.flops["before"]
+    for check in ("capture", "identity", "eager", "onnxruntime"):
+        rows = [row for row in report.parity if row["check"] == check]
+        assert {row["inputs"] for row in rows} >= {"random", "data"}
+        assert len({row["batch"] for row in rows if row["inputs"] == "random"}) == 2
+        assert all(row["outputs"][0]["cosine"] > 0.999 for row in rows)
+    assert [(row["runtime"], row["batch"], row["threads"]) for row in report.latency] == [
+        ("eager", 1, 1),
+        ("onnxruntime", 1, 1),
+    ]
+    assert all(row["speedup"] == pytest.approx(row["before_ms"] / row["after_ms"]) for row in report.latency)
+
+
+def test_optimize_again_from_the_resolved_recipe(models: Path, optimised: Path, tokenopt: Cli, tmp_path: Path) -> None:
+    recipe = optimised / "recipe.resolved.yaml"
+    result = tokenopt("optimize", models / "vit.pt", *SHAPE, "--recipe", recipe, "-o", tmp_path, "--json")
+    report = Report.load(tmp_path / "report.json")
+    assert result.json() == report.to_dict()
+    assert "onnxruntime" in result.err, "progress goes to stderr"
+    assert report.tokens == Report.load(optimised / "report.json").tokens
+    again = yaml.safe_load((tmp_path / "recipe.resolved.yaml").read_text())
+    assert again == yaml.safe_load(recipe.read_text())
+
+
+def test_nothing_changed_is_exit_code_3(models: Path, tokenopt: Cli, tmp_path: Path) -> None:
+    result = tokenopt("optimize", models / "mlp.pt", *SHAPE, "-o", tmp_path / "new", code=3)
+    assert "nothing was changed" in result.err
+    assert [p.name for p in (tmp_path / "new").iterdir()] == ["report.json"]
+    assert not Report.load(tmp_path / "new" / "report.json").reduced
+
+
+def test_nothing_changed_keeps_an_earlier_run(models: Path, tokenopt: Cli, tmp_path: Path) -> None:
+    for name in ("model.pt2", "report.json"):
+        (tmp_path / name).write_text("old")
+    tokenopt("optimize", models / "vit.pt", *SHAPE, "--schedule", "r=0", "-o", tmp_path, code=3)
+    assert {p.name: p.read_text() for p in tmp_path.iterdir()} == {"model.pt2": "old", "report.json": "old"}
+
+
+def test_files_of_an_earlier_run_do_not_outlive_it(tmp_path: Path) -> None:
+    Report(files={"program": "model.pt2", "engine": "model.engine", "other": "../x", "mine": "notes.txt"}).save(
+        tmp_path / "report.json"
+    )
+    assert run._earlier_files(tmp_path) == ["model.engine", "model.pt2"]
+    (tmp_path / "report.json").write_text("no report")
+    assert run._earlier_files(tmp_path) == []
+
+
+def test_passes_are_repeated_from_the_resolved_recipe(tmp_path: Path) -> None:
+    report = Report(model={"digest": "0"})
+    path = tmp_path / "recipe.resolved.yaml"
+    path.write_text(run.resolved_recipe(report, "raise-attention,reduce-tokens{recipe=tome}"))
+    assert run._resolved_passes(str(path)) == "raise-attention,reduce-tokens{recipe=tome}"
+    assert run._resolved_passes("tome") is None
+
+
+# -- the other verbs -------------------------------------------------------------------------------------------------
+
+
+def test_inspect(models: Path, tokenopt: Cli) -> None:
+    found = tokenopt("inspect", models / "vit.pt", *SHAPE, "--json").json()
+    assert {"model", "axes", "sites", "effects", "cuts", "opaque"} <= found.keys()
+    assert [s["id"] for s in found["sites"]] == ["blocks.0.attn", "blocks.1.attn"]
+    text = tokenopt("inspect", models / "vit.pt", *SHAPE).out
+    for part in ("2 attention sites", "blocks.1.attn", "cls(1, protected) + patch(4x4)", "can be reduced"):
+        assert part in text
+
+
+def test_inspect_without_attention_is_exit_code_3(models: Path, tokenopt: Cli) -> None:
+    assert tokenopt("inspect", models / "mlp.pt", *SHAPE, "--json", code=3).json()["sites"] == []
+
+
+def test_export(optimised: Path, tokenopt: Cli, tmp_path: Path) -> None:
+    found = tokenopt("export", optimised / "model.pt2", "--to", "onnx,ort", "-o", tmp_path / "deep" / "er", "--json")
+    path = tmp_path / "deep" / "er" / "model.onnx"
+    assert found.json()["files"] == {"onnx": str(path)}
+    assert all(row["passed"] for row in found.json()["parity"])
+    assert path.stat().st_size > 0
+
+
+def test_bench(optimised: Path, tokenopt: Cli) -> None:
+    paths = [str(optimised / name) for name in ("model.onnx", "model.pt2")]
+    rows = tokenopt("bench", *paths, "--batch", "1,2", "--threads", "1", "--json").json()
+    assert [(r["name"], r["batch"]) for r in rows] == [(p, b) for b in (1, 2) for p in paths]
+    assert rows[0]["ratio"] == 1.0 and all(r["median_ms"] > 0 and r["threads"] == 1 for r in rows)
+
+
+def test_verify(models: Path, optimised: Path, tokenopt: Cli) -> None:
+    same = tokenopt("verify", optimised / "model.pt2", optimised / "model.onnx", "--data", models / "data.npz")
+    assert "passed" in same.out and "data" in same.out
+    other = tokenopt("verify", models / "vit.pt", optimised / "model.onnx", *SHAPE, "--json", code=4)
+    assert not any(row["passed"] for row in other.json()) and "differ" in other.err
+    tokenopt("verify", models / "vit.pt", optimised / "model.onnx", *SHAPE, "--tolerance", "10")
+
+
+def test_explain_report(optimised: Path, tokenopt: Cli) -> None:
+    report = optimised / "report.json"
+    assert "17 -> 13 tokens" in tokenopt("explain", report, "--site", "blocks.0.attn").out
+    assert str(optimised / "model.onnx") in tokenopt("explain", report).out
+    assert "blocks.0.attn, blocks.1.attn" in tokenopt("explain", report, "--site", "attn", code=2).err
+    assert "no site 'blocks.9'" in tokenopt("explain", report, "--site", "blocks.9", code=2).err
+
+
+@pytest.mark.parametrize(
+    ("name", "part"),
+    [
+        ("reduce-tokens", "Options:"),
+        ("tome", "Source: Bolya"),
+        ("onnxruntime", "(runtime)"),
+        ("tokenopt::merge_tokens", "Shapes:"),
+        ("ParityError", "Exit code: 4"),
+    ],
+)
+def test_explain_name(tokenopt: Cli, name: str, part: str) -> None:
+    assert part in tokenopt("explain", name).out
+
+
+def test_lists(tokenopt: Cli) -> None:
+    assert "tome" in tokenopt("recipes").out
+    assert {"name", "summary"} == set(tokenopt("passes", "--json").json()[0])
+
+
+# -- usage and errors ------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("arguments", "part"),
+    [
+        (["optimize", "vit.pt"], "-o"),
+        (["nothing"], "nothing"),
+        (["optimize", "vit.pt", "-o", "out", "--to", "onnx,tflite"], "'tflite'"),
+        (["optimize", "vit.pt", "-o", "out", "--batch", "1,x"], "batch sizes"),
+        (["optimize", "vit.pt", "-o", "out", "--set", "proportional"], "key=value"),
+        (["optimize", "vit.pt", "-o", "out", "--set", "speed=2"], "no setting 'speed'"),
+        (["optimize", "vit.pt", "-o", "out", "--recipe", "tomato"], "'tomato'"),
+        (["optimize", "vit.pt", "-o", "out", "--schedule", "fast"], "schedule"),
+        (["optimize", "vit.pt", "-o", "out", "--passes", "vanish"], "'vanish'"),
+        (["optimize", "vit.pt", "-o", "out", "--threads", "0"], "--threads"),
+        (["explain", "tomee"], "tome"),
+        (["explain", "absent.json", "--site", "blocks.0"], "no such report"),
+    ],
+)
+def test_usage_errors_are_exit_code_2(tokenopt: Cli, arguments: list[str], part: str) -> None:
+    assert part in tokenopt(*arguments, code=2).err
+
+
+def test_the_model_is_not_overwritten(models: Path, tokenopt: Cli, tmp_path: Path) -> None:
+    content = (models / "vit.pt").read_bytes()
+    (tmp_path / "model.pt2").write_bytes(content)
+    result = tokenopt("optimize", tmp_path / "model.pt2", "-o", tmp_path, code=2)
+    assert "would be overwritten" in result.err
+    assert (tmp_path / "model.pt2").read_bytes() == content
+
+
+@pytest.mark.parametrize(
+    ("error", "part"),
+    [
+        (ValueError("some\nthing"), "unexpected ValueError: some thing (TOKENOPT_DEBUG=1"),
+        (MemoryError(), "out of memory"),
+        (PermissionError(13, "Permission denied", "/x"), "Permission denied: /x"),
+    ],
+)
+def test_unexpected_errors_are_one_line(
+    tokenopt: Cli, monkeypatch: pytest.MonkeyPatch, error: Exception, part: str
+) -> None:
+    def fail(*_: object) -> None:
+        raise error
+
+    monkeypatch.setattr(run, "inspect_model", fail)
+    err = tokenopt("inspect", "x.pt", code=1).err
+    assert part in err and err.count("\n") == 1
+
+
+def test_debug_shows_the_traceback(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    monkeypatch.setenv("TOKENOPT_DEBUG", "1")
+    with pytest.raises(SystemExit) as end:
+        cli.main(["inspect", "/absent.pt"])
+    err = capsys.readouterr().err
+    assert end.value.code == 1 and "Traceback" in err and "error: " in err
+
+
+def test_progress_is_a_bar_on_a_terminal_only(monkeypatch: pytest.MonkeyPatch) -> None:
+    class Terminal(io.StringIO):
+        def isatty(self) -> bool:
+            return True
+
+    monkeypatch.setenv("TERM", "xterm")
+    for stream, has_bar in ((Terminal(), True), (io.StringIO(), False)):
+        monkeypatch.setattr("sys.stderr", stream)
+        with terminal.Stages() as progress:
+            progress("load", 0, 0)
+            progress("rewrite", 1, 3)
+        assert ("\x1b" in stream.getvalue()) is has_bar
+        assert "rewrite" in stream.getvalue()
+    assert stream.getvalue() == "load\nrewrite\n"

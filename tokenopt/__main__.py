@@ -1,0 +1,5 @@
+"""``python -m tokenopt``."""
+
+from tokenopt.cli import main
+
+main()

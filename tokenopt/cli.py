@@ -1,0 +1,375 @@
+"""The command line: options in, tables or JSON out. What the verbs do is in `tokenopt.run`."""
+
+from __future__ import annotations
+
+import os
+import signal
+import sys
+import traceback
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Annotated, Any, NoReturn
+
+import typer
+
+from tokenopt import __version__
+from tokenopt.errors import TokenoptError, UsageError
+
+DONE, ERROR, UNCHANGED, MISMATCH, INTERRUPTED = 0, 1, 3, 4, 130
+
+app = typer.Typer(
+    name="tokenopt",
+    help="Removes tokens from transformer models, proves the result, and exports it.",
+    epilog="Exit codes: 0 done, 1 error, 2 usage, 3 nothing matched or changed, 4 check failed, 130 interrupted.",
+    no_args_is_help=True,
+    rich_markup_mode=None,  # plain text folds long words, where panels would cut them
+    add_completion=False,
+    pretty_exceptions_enable=False,
+)
+
+ModelPath = Annotated[Path, typer.Argument(metavar="MODEL", help="A .pt2, a pickled module, or a state dict.")]
+Arch = Annotated[
+    str | None,
+    typer.Option(help="For a state dict: timm:NAME, torchvision:NAME, hf:CONFIG_DIR or package.module:callable."),
+]
+InputShape = Annotated[
+    list[str] | None,
+    typer.Option("--input-shape", help="[NAME:]1x3x224x224[:DTYPE]; once per input.", metavar="SHAPE"),
+]
+StaticBatch = Annotated[bool, typer.Option("--static-batch", help="Keep the batch size of the example.")]
+Trust = Annotated[bool, typer.Option("--trust", help="Run the code in a pickled file.")]
+AllowMissing = Annotated[bool, typer.Option("--allow-missing", help="Accept missing and unexpected weights.")]
+Json = Annotated[bool, typer.Option("--json", help="Print JSON to stdout.")]
+To = Annotated[str, typer.Option(metavar="RUNTIMES", help="Some of onnx,ort,tensorrt,tensorrt-rtx.")]
+Opset = Annotated[int | None, typer.Option(help="Of ONNX.")]
+Capability = Annotated[
+    str | None, typer.Option("--compute-capability", help="Of the GPU that TensorRT builds for, such as 8.9.")
+]
+Data = Annotated[
+    Path | None, typer.Option(help="Inputs to check on: .npz, .npy or .safetensors, arrays named as the inputs.")
+]
+Batch = Annotated[str, typer.Option(help="Batch sizes, such as 1,8.")]
+Threads = Annotated[int | None, typer.Option(min=1, help="Threads to run with.")]
+
+
+@app.callback(invoke_without_command=True)
+def root(version: Annotated[bool, typer.Option("--version", help="Print the version.")] = False) -> None:
+    if version:
+        print(f"tokenopt {__version__}")
+        raise typer.Exit()
+
+
+@app.command()
+def inspect(
+    model: ModelPath,
+    arch: Arch = None,
+    input_shape: InputShape = None,
+    static_batch: StaticBatch = False,
+    trust: Trust = False,
+    allow_missing: AllowMissing = False,
+    json: Json = False,
+) -> None:
+    """Show token axes, attention and cuts.
+
+    Nothing is changed. For every attention it says what is legal, or why not.
+    """
+    from tokenopt import run, terminal
+
+    with terminal.Stages() as progress:
+        found = run.inspect_model(model, _source(arch, input_shape, static_batch, trust, allow_missing), progress)
+    _show(found, terminal.inspection, json)
+    if not found["sites"]:
+        raise typer.Exit(UNCHANGED)
+
+
+@app.command()
+def optimize(
+    model: ModelPath,
+    out: Annotated[Path, typer.Option("-o", "--out", help="Folder for what the run leaves.")],
+    arch: Arch = None,
+    input_shape: InputShape = None,
+    static_batch: StaticBatch = False,
+    trust: Trust = False,
+    allow_missing: AllowMissing = False,
+    recipe: Annotated[str, typer.Option(help="A name (see recipes), or a YAML file.")] = "tome",
+    settings: Annotated[
+        list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="Change a setting of the recipe.")
+    ] = None,
+    schedule: Annotated[
+        str | None, typer.Option(help="r=13, r=16:-1, r=16,14,12, keep=0.7@3,6,9, or a JSON or YAML file.")
+    ] = None,
+    passes: Annotated[
+        str | None, typer.Option(help='Other passes: "raise-attention,reduce-tokens{recipe=tome}".')
+    ] = None,
+    short_outputs: Annotated[bool, typer.Option("--short-outputs", help="Outputs keep the reduced tokens.")] = False,
+    to: To = "onnx",
+    opset: Opset = None,
+    compute_capability: Capability = None,
+    data: Data = None,
+    batch: Batch = "1",
+    threads: Threads = None,
+    json: Json = False,
+) -> None:
+    """Reduce tokens; prove, export and time.
+
+    The folder gets model.pt2, what --to asks for, recipe.resolved.yaml and report.json, when every check has passed.
+    """
+    from tokenopt import run, terminal
+
+    with terminal.Stages() as progress:
+        outcome = run.optimize_model(
+            model,
+            out,
+            source=_source(arch, input_shape, static_batch, trust, allow_missing),
+            build=run.Build(_names(to), opset, compute_capability),
+            recipe=recipe,
+            schedule=schedule,
+            settings=_assignments(settings),
+            passes=passes,
+            short_outputs=short_outputs,
+            data=data,
+            batch_sizes=_sizes(batch),
+            threads=threads,
+            progress=progress,
+        )
+    _show(outcome.report.to_dict(), lambda _: outcome.report.table(str(out)), json)
+    if not outcome.changed:
+        print("nothing was changed", file=sys.stderr)
+        raise typer.Exit(UNCHANGED)
+
+
+@app.command()
+def export(
+    model: ModelPath,
+    out: Annotated[Path, typer.Option("-o", "--out", help="Folder for the files.")],
+    to: To = "onnx",
+    arch: Arch = None,
+    input_shape: InputShape = None,
+    static_batch: StaticBatch = False,
+    trust: Trust = False,
+    allow_missing: AllowMissing = False,
+    opset: Opset = None,
+    compute_capability: Capability = None,
+    data: Data = None,
+    json: Json = False,
+) -> None:
+    """Build a model for runtimes, and check it."""
+    from tokenopt import run, terminal
+
+    with terminal.Stages() as progress:
+        found = run.export_model(
+            model,
+            out,
+            source=_source(arch, input_shape, static_batch, trust, allow_missing),
+            build=run.Build(_names(to), opset, compute_capability),
+            data=data,
+            progress=progress,
+        )
+    _show(found, terminal.exported, json)
+
+
+@app.command()
+def bench(
+    models: Annotated[list[Path], typer.Argument(metavar="A B ...", help="Models, .onnx files or engines.")],
+    arch: Arch = None,
+    input_shape: InputShape = None,
+    static_batch: StaticBatch = False,
+    trust: Trust = False,
+    allow_missing: AllowMissing = False,
+    batch: Batch = "1",
+    threads: Threads = None,
+    json: Json = False,
+) -> None:
+    """Time models side by side.
+
+    Runs are interleaved; shown are median, spread, and ratio to the first.
+    """
+    from tokenopt import run, terminal
+
+    with terminal.Stages() as progress:
+        rows = run.bench_models(
+            models,
+            source=_source(arch, input_shape, static_batch, trust, allow_missing),
+            batch_sizes=_sizes(batch),
+            threads=threads,
+            progress=progress,
+        )
+    _show(rows, terminal.bench_table, json)
+
+
+@app.command()
+def verify(
+    a: Annotated[Path, typer.Argument(metavar="A", help="The reference: a model, an .onnx file or an engine.")],
+    b: Annotated[Path, typer.Argument(metavar="B", help="What is compared with it.")],
+    arch: Arch = None,
+    input_shape: InputShape = None,
+    static_batch: StaticBatch = False,
+    trust: Trust = False,
+    allow_missing: AllowMissing = False,
+    data: Data = None,
+    tolerance: Annotated[float | None, typer.Option(min=0.0, help="Of the difference, relative.")] = None,
+    json: Json = False,
+) -> None:
+    """Compare what two models compute.
+
+    On fresh random inputs and on given ones, at two batch sizes.
+    """
+    from tokenopt import run, terminal
+    from tokenopt.report import parity_table
+
+    with terminal.Stages() as progress:
+        rows = run.verify_models(
+            a,
+            b,
+            source=_source(arch, input_shape, static_batch, trust, allow_missing),
+            data=data,
+            tolerance=tolerance,
+            progress=progress,
+        )
+    _show(rows, parity_table, json)
+    if not all(row["passed"] for row in rows):
+        print("the two models differ", file=sys.stderr)
+        raise typer.Exit(MISMATCH)
+
+
+@app.command()
+def explain(
+    subject: Annotated[str, typer.Argument(metavar="REPORT|NAME", help="A report.json, or a name.")],
+    site: Annotated[str | None, typer.Option(metavar="ID", help="A site of the report, or a part of its id.")] = None,
+) -> None:
+    """Explain a name, or a site of a report.
+
+    A name is that of a pass, recipe, runtime, operation or error. Of a site it says what was done, or why nothing was.
+    """
+    from tokenopt import terminal
+    from tokenopt.explain import explain_name, explain_site
+    from tokenopt.report import Report
+
+    if not Path(subject).is_file():
+        if site is not None:
+            raise UsageError("there is no such report", where=subject)
+        print(explain_name(subject))
+        return
+    report = Report.load(subject)
+    if site is None:
+        terminal.console().print(report.table(str(Path(subject).parent)))
+    else:
+        print(explain_site(report, site))
+
+
+@app.command()
+def recipes(json: Json = False) -> None:
+    """List the registered recipes."""
+    _list("tokenopt.recipes", "recipe", json)
+
+
+@app.command()
+def passes(json: Json = False) -> None:
+    """List the registered passes."""
+    _list("tokenopt.passes", "pass", json)
+
+
+def main(arguments: list[str] | None = None) -> NoReturn:
+    """Runs the command line; every outcome is an exit code, and every error a message."""
+    for stream in (sys.stdout, sys.stderr):
+        if hasattr(stream, "reconfigure"):  # names of files and layers may be outside the terminal's encoding
+            stream.reconfigure(errors="backslashreplace")
+    code = DONE
+    try:
+        with _terminable():
+            app(arguments, prog_name="tokenopt", standalone_mode=True)
+    except SystemExit as end:  # typer's way to return
+        code = end.code if isinstance(end.code, int) else DONE
+        if code == INTERRUPTED:
+            print("interrupted; nothing was written", file=sys.stderr)
+    except TokenoptError as error:
+        code = _report_error(error, str(error), error.exit_code)
+    except OSError as error:
+        where = f": {error.filename}" if error.filename else ""
+        code = _report_error(error, f"{error.strerror or error}{where}")
+    except MemoryError as error:
+        code = _report_error(error, "out of memory")
+    except Exception as error:
+        text = " ".join(str(error).split()) or "no message"
+        code = _report_error(error, f"unexpected {type(error).__name__}: {text} (TOKENOPT_DEBUG=1 shows where)")
+    sys.exit(_flushed(code))
+
+
+def _report_error(error: Exception, message: str, code: int = ERROR) -> int:
+    if os.environ.get("TOKENOPT_DEBUG") == "1":
+        traceback.print_exception(error)
+    print(f"error: {message}", file=sys.stderr)
+    return code
+
+
+@contextmanager
+def _terminable() -> Iterator[None]:
+    """Turns SIGTERM into an exit, so that unfinished files are removed."""
+    previous = signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, previous)
+
+
+def _flushed(code: int) -> int:
+    """The exit code, or that of an error if stdout cannot take what was printed: a full disk, or a closed pipe."""
+    try:
+        sys.stdout.flush()
+        return code
+    except OSError as error:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # what is left goes nowhere
+        if not isinstance(error, BrokenPipeError):
+            print(f"error: the output cannot be written: {error.strerror}", file=sys.stderr)
+        return code or ERROR
+
+
+def _source(
+    arch: str | None, input_shape: list[str] | None, static_batch: bool, trust: bool, allow_missing: bool
+) -> Any:
+    from tokenopt.run import Source
+
+    return Source(arch, tuple(input_shape or ()), not static_batch, trust, allow_missing)
+
+
+def _show(value: Any, render: Any, json: bool) -> None:
+    from tokenopt import terminal
+    from tokenopt.report import dumps
+
+    if json:
+        print(dumps(value))
+    else:
+        terminal.console().print(render(value))
+
+
+def _list(group: str, kind: str, json: bool) -> None:
+    from tokenopt import terminal
+    from tokenopt.explain import summaries
+
+    _show(summaries(group), lambda rows: terminal.name_table(kind, rows), json)
+
+
+def _names(text: str) -> tuple[str, ...]:
+    return tuple(name.strip() for name in text.split(",") if name.strip())
+
+
+def _sizes(text: str) -> list[int]:
+    if not all(part.strip().isdigit() and int(part) > 0 for part in text.split(",")):
+        raise UsageError(f"not a list of batch sizes: {text!r}", hint="such as --batch 1,8")
+    return list(dict.fromkeys(int(part) for part in text.split(",")))
+
+
+def _assignments(texts: list[str] | None) -> dict[str, Any]:
+    import yaml
+
+    found = {}
+    for text in texts or ():
+        key, equals, value = text.partition("=")
+        try:
+            found[key.strip().replace("-", "_")] = yaml.safe_load(value)
+        except yaml.YAMLError as error:
+            raise UsageError(f"not a setting: {text!r}", why=str(error).split("\n")[0]) from error
+        if not equals or not key.strip():
+            raise UsageError(f"not a setting: {text!r}", hint="write --set key=value")
+    return found

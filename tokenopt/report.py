@@ -1,0 +1,291 @@
+"""Report: what one optimisation did, as data with a versioned schema and as a table for the terminal."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import platform
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field, fields
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+from tokenopt.errors import TokenoptError
+
+REPORT_VERSION = 1
+
+_PACKAGES = (
+    "tokenopt", "torch", "onnx", "onnxscript", "onnxruntime", "onnxruntime-gpu", "tensorrt", "tensorrt-rtx", "timm",
+    "torchvision", "transformers", "diffusers", "triton",
+)  # fmt: skip
+
+
+def installed_versions() -> dict[str, str]:
+    """Versions of Python and of the packages that can influence a result, without importing them."""
+    found = {"python": platform.python_version(), "platform": f"{platform.system()} {platform.machine()}"}
+    for name in _PACKAGES:
+        try:
+            found[name] = version(name)
+        except PackageNotFoundError:
+            continue
+    return found
+
+
+@dataclass
+class Report:
+    """What one optimisation did. Written as ``report.json``, schema version 1.
+
+    Every key is always there. A number that is not finite is written as null.
+
+    version    1. A reader refuses a version it does not know.
+    model      name: where it came from; digest: of graph and weights, before
+               inputs, outputs: [{name, dtype, shape}], a string in a shape is a dynamic size
+    recipe     name; settings: {key: value}; passes: the pass list as text, which makes the same passes again
+               short_outputs: whether outputs were left reduced
+    schedule   the resolved schedule; it can be given back to ``optimize`` as ``schedule``
+    axes       [{name, length, segments: [{name, start, length, grid, protected}], carried_by}], before
+    sites      [{id, kind, axis, tokens_before, tokens_after, heads, head_dim, refusal}], one per attention;
+               refusal: null or {where, why, try}
+    refusals   [{where, why, try}]: everything that was considered and not done
+    edits      [{pass_spec, site, before, after}]: everything that was done; before and after count tokens, or null
+    flops      before, after: floating-point operations of one run at batch size 1, or at the fixed one
+    tokens     before, after: [tokens per site]
+    parity     [{check, inputs, batch, tolerance, passed, outputs}], the checks that were made
+               check: capture (eager model against program), identity (neutral setting against dense program),
+               or the runtime whose file was compared with the rewritten program
+               inputs: example, random (fresh), data (given), or shapes: the engine cannot run on this machine, and
+               its names, dtypes and shapes alone were compared
+               unstable: optional; samples left out because rounding alone decides which of their tokens are merged
+               outputs: [{name, max_abs, mean_abs, max_rel, cosine, argmax_agreement}], the last null where rows are
+               no scores of classes
+    latency    [{runtime, batch, threads, before_ms, after_ms, speedup}], medians, measured side by side in one run
+    files      {role: path}, relative to the report
+    timings    {stage: seconds}
+    versions   {package: version}
+    """
+
+    model: dict[str, Any] = field(default_factory=dict)
+    recipe: dict[str, Any] = field(default_factory=dict)
+    schedule: dict[str, Any] = field(default_factory=dict)
+    axes: list[dict[str, Any]] = field(default_factory=list)
+    sites: list[dict[str, Any]] = field(default_factory=list)
+    refusals: list[dict[str, Any]] = field(default_factory=list)
+    edits: list[dict[str, Any]] = field(default_factory=list)
+    flops: dict[str, Any] = field(default_factory=dict)
+    tokens: dict[str, Any] = field(default_factory=dict)
+    parity: list[dict[str, Any]] = field(default_factory=list)
+    latency: list[dict[str, Any]] = field(default_factory=list)
+    files: dict[str, str] = field(default_factory=dict)
+    timings: dict[str, float] = field(default_factory=dict)
+    versions: dict[str, str] = field(default_factory=installed_versions)
+    version: int = REPORT_VERSION
+
+    @property
+    def reduced(self) -> bool:
+        """Whether any site sees fewer tokens than before."""
+        return self.tokens.get("before") != self.tokens.get("after")
+
+    @property
+    def passed(self) -> bool:
+        """Whether every check that was made passed."""
+        return all(row["passed"] for row in self.parity)
+
+    # -- JSON ----------------------------------------------------------------------------------------------------
+
+    def to_dict(self) -> dict[str, Any]:
+        """What ``report.json`` holds: plain lists, dicts, strings and finite numbers."""
+        names = ["version", *(f.name for f in fields(self) if f.name != "version")]
+        return {name: _plain(getattr(self, name)) for name in names}
+
+    @classmethod
+    def from_dict(cls, data: Any, where: str | None = None) -> Report:
+        """The report behind a dict.
+
+        Raises:
+            TokenoptError: if it is no report, or of a version that this release does not know.
+        """
+        if not isinstance(data, Mapping) or "version" not in data or "sites" not in data:
+            raise TokenoptError("this is not a tokenopt report", where=where, why="it has no 'version' and 'sites'")
+        if data["version"] != REPORT_VERSION:
+            raise TokenoptError(
+                f"the report has version {data['version']!r}",
+                where=where,
+                why=f"this release of tokenopt reads version {REPORT_VERSION}",
+                hint="use the release that wrote it, or run optimize again",
+            )
+        expected = {f.name: type(getattr(cls(), f.name)) for f in fields(cls)}
+        for name, value in data.items():
+            if not isinstance(value, expected.get(name, ())):
+                raise TokenoptError("the report is malformed", where=where, why=f"its key {name!r} is unexpected")
+        return cls(**data)
+
+    def save(self, path: str | os.PathLike[str]) -> Path:
+        """Writes ``report.json``; an existing file is replaced at the end."""
+        from tokenopt.program import atomic_path  # here, so that reading a report needs no torch
+
+        path = Path(path)
+        with atomic_path(path) as partial:
+            partial.write_text(dumps(self.to_dict()) + "\n", encoding="utf-8")
+        return path
+
+    @classmethod
+    def load(cls, path: str | os.PathLike[str]) -> Report:
+        """Reads ``report.json``.
+
+        Raises:
+            TokenoptError: if it is no report, or of a version that this release does not know.
+        """
+        try:
+            data = json.loads(Path(path).read_text(encoding="utf-8"))
+        except ValueError as error:  # malformed JSON or text that is not UTF-8
+            raise TokenoptError("this is not a tokenopt report", where=str(path), why=str(error)) from error
+        return cls.from_dict(data, str(path))
+
+    # -- terminal ------------------------------------------------------------------------------------------------
+
+    def table(self, folder: str | os.PathLike[str] = "") -> Any:
+        """What was gained, checked, refused and written (to ``folder``), as a rich renderable."""
+        from rich.console import Group
+        from rich.text import Text
+
+        from tokenopt.schedule import Schedule
+
+        words = [self.model.get("name"), self.recipe.get("name")]
+        if self.schedule:
+            words.append(Schedule.parse(self.schedule))
+        title = ", ".join(str(word) for word in words if word)
+        parts = [Text(title, style="bold")] if title else []
+        return Group(*parts, *(table for table in self._tables(folder) if table.row_count))
+
+    def _tables(self, folder: str | os.PathLike[str]) -> Iterator[Any]:
+        gains = new_table("", "before", "after", "gain", right=(1, 2, 3))
+        before, after = self.tokens.get("before") or [0], self.tokens.get("after") or [0]
+        if any(before):
+            gains.add_row("tokens in the last site", f"{before[-1]}", f"{after[-1]}", ratio(before[-1], after[-1]))
+            gains.add_row("tokens in all sites", f"{sum(before)}", f"{sum(after)}", ratio(sum(before), sum(after)))
+        if self.flops.get("before"):
+            b, a = self.flops["before"], self.flops["after"]
+            gains.add_row("GFLOP", f"{b / 1e9:.3g}", f"{a / 1e9:.3g}", ratio(b, a))
+        for row in self.latency:
+            name = f"{row['runtime']}, batch {row['batch']}, {plural(row['threads'], 'thread')}"
+            b, a = row["before_ms"], row["after_ms"]
+            gains.add_row(name, f"{b:.2f} ms", f"{a:.2f} ms", ratio(b, a))
+        yield gains
+        yield parity_table(_merged(self.parity))
+        yield refusal_table(self.refusals)
+        files = new_table("written", "path")
+        for role, path in self.files.items():
+            files.add_row(role, os.path.join(folder, path))
+        yield files
+
+
+def dumps(value: Any) -> str:
+    """ASCII-only JSON; what is not finite becomes null."""
+    return json.dumps(_plain(value), indent=2, allow_nan=False)
+
+
+# -- parts of tables, shared with the other verbs ----------------------------------------------------------------
+
+
+def new_table(*columns: str, right: tuple[int, ...] = ()) -> Any:
+    """An empty rich table whose cells are literal text, folded rather than cut."""
+    from rich import box
+    from rich.table import Table
+    from rich.text import Text
+
+    class LiteralTable(Table):
+        def add_row(self, *cells: Any, **options: Any) -> None:
+            """A string is text, not markup: ids such as ``blocks[0]`` stay as they are."""
+            super().add_row(*(Text(c) if isinstance(c, str) else c for c in cells), **options)
+
+    table = LiteralTable(box=box.SIMPLE_HEAD, pad_edge=False, header_style="bold")
+    for i, column in enumerate(columns):
+        table.add_column(column, justify="right" if i in right else "left", overflow="fold")
+    return table
+
+
+def parity_table(rows: list[dict[str, Any]]) -> Any:
+    """One line per check: its worst output."""
+    table = new_table("check", "inputs", "batch", "max abs", "max rel", "cosine", "argmax", "", right=(2, 3, 4, 5, 6))
+    for row in rows:
+        outputs = row.get("outputs", [])
+
+        def worst(key: str, pick: Any, form: str, outputs: list[dict[str, Any]] = outputs) -> str:
+            values = [o[key] for o in outputs]
+            if key == "argmax_agreement":  # null where rows are no scores of classes
+                values = [v for v in values if v is not None]
+            return "" if not values else "not finite" if None in values else form.format(pick(values))
+
+        verdict = "passed" if row["passed"] else f"FAILED (tolerance {row['tolerance']:g})"
+        if row["inputs"] == "shapes":
+            verdict = "built and read back; cannot run here"
+        if row.get("unstable"):
+            verdict += f", {plural(row['unstable'], 'tie')} left out"
+        table.add_row(
+            row["check"],
+            row["inputs"],
+            str(row["batch"] or ""),
+            worst("max_abs", max, "{:.1e}"),
+            worst("max_rel", max, "{:.1e}"),
+            worst("cosine", min, "{:.6f}"),
+            worst("argmax_agreement", min, "{:.1%}"),
+            verdict,
+        )
+    return table
+
+
+def refusal_table(refusals: list[dict[str, Any]]) -> Any:
+    """Refusals grouped by their reason: how many, where, why, what to try."""
+    groups: dict[tuple[str, str], list[str]] = {}
+    for refusal in refusals:
+        groups.setdefault((refusal["why"], refusal.get("try", "")), []).append(refusal["where"])
+    table = new_table("not rewritten", "where", "why", "try", right=(0,))
+    for (why, hint), places in groups.items():
+        places = list(dict.fromkeys(places))
+        shown = ", ".join(places[:3]) + (f" and {len(places) - 3} more" if len(places) > 3 else "")
+        table.add_row(str(len(places)), shown, why, hint)
+    return table
+
+
+def ratio(before: float | None, after: float | None) -> str:
+    """How many times smaller: ``1.67x``."""
+    return f"{before / after:.2f}x" if before and after else ""
+
+
+def plural(count: int, noun: str) -> str:
+    return f"{count} {noun}" if count == 1 else f"{count} {noun}s"
+
+
+def _merged(parity: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """One row per check, over all its inputs and batch sizes."""
+    merged = []
+    for name in dict.fromkeys(row["check"] for row in parity):
+        rows = [row for row in parity if row["check"] == name]
+        merged.append(
+            {
+                "check": name,
+                "inputs": ", ".join(dict.fromkeys(row["inputs"] for row in rows)),
+                "batch": ", ".join(str(batch) for batch in sorted({row["batch"] for row in rows if row["batch"]})),
+                "tolerance": max(row["tolerance"] for row in rows),
+                "passed": all(row["passed"] for row in rows),
+                "unstable": sum(row.get("unstable", 0) for row in rows),
+                "outputs": [output for row in rows for output in row["outputs"]],
+            }
+        )
+    return merged
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, Mapping):
+        return {str(k): _plain(v) for k, v in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_plain(v) for v in value]
+    if isinstance(value, float):
+        return value if math.isfinite(value) else None
+    if value is None or isinstance(value, (bool, int, str)):
+        return value
+    if hasattr(value, "item"):  # a number of numpy or torch
+        return _plain(value.item())
+    return str(value)

@@ -1,0 +1,380 @@
+"""The work behind the verbs of the command line: from model files to proven files in a folder."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import yaml
+from torch import Tensor
+
+from tokenopt import __version__, recipes, runtimes
+from tokenopt.data import batches, load_arrays, match_inputs
+from tokenopt.errors import LoweringError, TokenoptError, UsageError
+from tokenopt.inspection import inspect
+from tokenopt.loading import load_program
+from tokenopt.optimization import optimize
+from tokenopt.pipeline import parse_passes
+from tokenopt.program import InputSpec, Program
+from tokenopt.report import Report
+from tokenopt.runtimes.base import Engine
+from tokenopt.runtimes.bench import bench
+from tokenopt.runtimes.compare import verify
+from tokenopt.runtimes.eager import EagerEngine
+from tokenopt.schedule import Schedule
+from tokenopt.staging import staged
+
+Progress = Callable[[str, int, int], None]
+
+PROGRAM, RECIPE, REPORT = "model.pt2", "recipe.resolved.yaml", "report.json"
+CHECKED = 32  # samples of the user's data that an optimisation or export is checked on; verify takes all
+_SECONDS, _ROUNDS = 5.0, (5, 40)  # that one measurement may take, and the rounds it has at least and at most
+
+
+@dataclass(frozen=True)
+class Target:
+    """What ``--to`` can ask for: its role in a report, its suffix, who builds and checks it, and with what options."""
+
+    role: str
+    suffix: str
+    runtime: str
+    options: tuple[str, ...]
+
+
+TARGETS = {
+    "onnx": Target("onnx", ".onnx", "onnxruntime", ("opset",)),
+    "ort": Target("onnx", ".onnx", "onnxruntime", ("opset",)),
+    "tensorrt": Target("tensorrt", ".engine", "tensorrt", ("opset", "compute_capability")),
+    "tensorrt-rtx": Target("tensorrt-rtx", ".rtx.engine", "tensorrt-rtx", ("opset", "compute_capability")),
+}
+
+
+@dataclass(frozen=True)
+class Source:
+    """How a model file is to be read."""
+
+    arch: str | None = None
+    input_shapes: tuple[str, ...] = ()
+    dynamic_batch: bool = True
+    trust: bool = False
+    allow_missing: bool = False
+
+    def load(self, path: Path) -> Program:
+        return load_program(
+            path,
+            arch=self.arch,
+            input_shapes=self.input_shapes,
+            dynamic_batch=self.dynamic_batch,
+            trust=self.trust,
+            allow_missing=self.allow_missing,
+        )
+
+
+@dataclass(frozen=True)
+class Build:
+    """What to build from a program.
+
+    Raises:
+        UsageError: for an unknown target.
+    """
+
+    targets: tuple[str, ...] = ("onnx",)
+    opset: int | None = None
+    compute_capability: str | None = None
+
+    def __post_init__(self) -> None:
+        for name in self.targets:
+            if name not in TARGETS:
+                raise UsageError(f"there is no target {name!r}", hint=f"--to takes some of {','.join(TARGETS)}")
+
+    @property
+    def distinct(self) -> list[Target]:
+        """The targets asked for, each file once."""
+        return list(dict.fromkeys(TARGETS[name] for name in self.targets))
+
+    def check_available(self) -> None:
+        """Raises: LoweringError if a runtime is not installed."""
+        for target in self.distinct:
+            if reason := runtimes.get(target.runtime).available():
+                raise LoweringError(f"{target.runtime} cannot build here", why=reason)
+
+    def engine(self, target: Target, program: Program, path: Path, data: Sequence[Sequence[Tensor]] = ()) -> Engine:
+        """Builds one file, and checks it against the program."""
+        options = {name: getattr(self, name) for name in target.options if getattr(self, name) is not None}
+        return runtimes.get(target.runtime).build(program, path, data=data, **options)
+
+
+@dataclass
+class Outcome:
+    """What a run did, and whether there was anything to do."""
+
+    report: Report
+    changed: bool
+
+
+def inspect_model(path: Path, source: Source, progress: Progress) -> dict[str, Any]:
+    """What the analysis knows about a model file."""
+    progress("load", 0, 0)
+    program = source.load(path)
+    progress("analyse", 0, 0)
+    return inspect(program)
+
+
+def optimize_model(
+    path: Path,
+    out: Path,
+    *,
+    source: Source,
+    build: Build,
+    recipe: str,
+    schedule: str | None,
+    settings: Mapping[str, Any],
+    passes: str | None,
+    short_outputs: bool,
+    data: Path | None,
+    batch_sizes: Sequence[int],
+    threads: int | None,
+    progress: Progress,
+) -> Outcome:
+    """Optimises a model file, proves and times the result, and leaves its files in ``out``.
+
+    A run that changes nothing leaves its report alone, and not even that beside the files of an earlier run.
+    """
+    build.check_available()
+    passes = passes or _resolved_passes(recipe)
+    _check_method(recipe, schedule, settings, passes)
+    _protect(path, out, [PROGRAM, *(f"model{target.suffix}" for target in build.distinct)])
+    clock = _Clock(progress)
+    threads = threads or torch.get_num_threads()
+    with staged(out) as staging:
+        with clock("load"):
+            program = source.load(path)
+            given = _given(data, program.inputs, CHECKED)
+        result = optimize(
+            program,
+            recipe=recipe,
+            schedule=schedule,
+            settings=settings,
+            passes=passes,
+            short_outputs=short_outputs,
+            given=given[0] if given else None,
+            progress=progress,
+        )
+        report = result.report
+        report.model["name"] = path.name
+        if not result.changed:
+            if not (out / PROGRAM).exists():
+                report.files = {"report": REPORT}
+                report.save(staging.path / REPORT)
+                staging.commit()
+            return Outcome(report, changed=False)
+
+        report.files = {"program": PROGRAM, "recipe": RECIPE, "report": REPORT}
+        with clock("save"):
+            engine = runtimes.get("eager").build(result.program, staging.path / PROGRAM, data=given)
+        report.parity += _new_rows(engine, report.parity)
+        pairs = [(EagerEngine.of(result.dense, threads=threads), EagerEngine.of(result.program, threads=threads))]
+        for target in build.distinct:
+            file, dense = staging.path / f"model{target.suffix}", staging.scratch / f"dense{target.suffix}"
+            with clock(f"build {target.runtime}"):
+                engine = build.engine(target, result.program, file, given)
+            report.parity += _new_rows(engine, report.parity)
+            report.files |= _roles(target, engine)
+            if engine.runnable:
+                with clock(f"build {target.runtime}, dense"):
+                    build.engine(target, result.dense, dense)
+                pairs.append((runtimes.open(dense, threads=threads), runtimes.open(file, threads=threads)))
+        with clock("measure"):
+            report.latency = [row for pair in pairs for row in _latency(*pair, batch_sizes, threads)]
+        report.timings |= clock.seconds
+        (staging.path / RECIPE).write_text(resolved_recipe(report, passes), encoding="utf-8")
+        report.save(staging.path / REPORT)
+        staging.commit(obsolete=_earlier_files(out))
+    return Outcome(report, changed=True)
+
+
+def export_model(
+    path: Path, out: Path, *, source: Source, build: Build, data: Path | None, progress: Progress
+) -> dict[str, Any]:
+    """Builds and checks what was asked for from one model; the files take the model's name.
+
+    Returns:
+        ``files`` {role: path}, ``parity`` [row of a report], ``timings`` {stage: seconds}.
+    """
+    build.check_available()
+    files = {target: f"{path.stem}{target.suffix}" for target in build.distinct}
+    _protect(path, out, files.values())
+    clock = _Clock(progress)
+    parity: list[dict[str, Any]] = []
+    written: dict[str, str] = {}
+    with staged(out) as staging:
+        with clock("load"):
+            program = source.load(path)
+            given = _given(data, program.inputs, CHECKED)
+        for target, file in files.items():
+            with clock(f"build {target.runtime}"):
+                engine = build.engine(target, program, staging.path / file, given)
+            parity += _new_rows(engine, parity)
+            written |= {role: str(out / name) for role, name in _roles(target, engine).items()}
+        staging.commit()
+    return {"files": written, "parity": parity, "timings": clock.seconds}
+
+
+def verify_models(
+    a: Path, b: Path, *, source: Source, data: Path | None, tolerance: float | None, progress: Progress
+) -> list[dict[str, Any]]:
+    """Compares two models on random inputs, and on all of the data; the first is the reference.
+
+    Returns:
+        Rows as in a report's ``parity``, failed ones too.
+    """
+    reference, other = (open_model(path, source, None, progress) for path in (a, b))
+    given = _given(data, reference.inputs, None)
+    progress("compare", 0, 0)
+    return [check.to_dict() for check in verify(reference, other, given, tolerance)]
+
+
+def bench_models(
+    paths: Sequence[Path], *, source: Source, batch_sizes: Sequence[int], threads: int | None, progress: Progress
+) -> list[dict[str, Any]]:
+    """Times models side by side on the same random inputs.
+
+    Returns:
+        The rows of `bench`: ``name, runtime, batch, threads, median_ms, iqr_ms, ratio, rounds``.
+    """
+    threads = threads or torch.get_num_threads()
+    engines = [open_model(path, source, threads, progress) for path in paths]
+    rows = []
+    for done, batch in enumerate(batch_sizes):
+        progress("measure", done, len(batch_sizes))
+        rows += _measure(engines, batch, threads)
+    return rows
+
+
+def open_model(path: Path, source: Source, threads: int | None, progress: Progress) -> Engine:
+    """A model file of any kind, ready to run."""
+    progress(f"open {path.name}", 0, 0)
+    if path.suffix in (".pt2", ".onnx", ".engine"):  # these know their inputs; the options are for the others
+        return runtimes.open(path, threads=threads)
+    return EagerEngine.of(source.load(path), path, threads)
+
+
+def resolved_recipe(report: Report, passes: str | None) -> str:
+    """What a run did as YAML that makes ``--recipe`` repeat it: recipe and schedule, or the passes that were given."""
+    if passes is not None:
+        content: dict[str, Any] = {"passes": passes}
+    else:
+        recipe = {"name": report.recipe["name"], **report.recipe["settings"], "schedule": report.schedule}
+        if report.recipe["short_outputs"]:
+            recipe["restore"] = "none"
+        content = {"recipe": recipe, "schedule": report.schedule}
+    content |= {"model": report.model["digest"], "tokenopt": __version__}
+    return yaml.dump(content, Dumper=_Dumper, sort_keys=False, width=120)
+
+
+def _resolved_passes(recipe: str) -> str | None:
+    """The passes in a file that `resolved_recipe` wrote for a run with passes."""
+    if not recipe.endswith((".yaml", ".yml")) or not Path(recipe).is_file():
+        return None
+    with suppress(yaml.YAMLError, UnicodeDecodeError):  # reported when it is read as a recipe
+        content = yaml.safe_load(Path(recipe).read_text(encoding="utf-8"))
+        return content.get("passes") if isinstance(content, dict) else None
+    return None
+
+
+class _Dumper(yaml.SafeDumper):
+    """Writes a value that occurs twice twice, for people to read."""
+
+    def ignore_aliases(self, data: Any) -> bool:
+        return True
+
+
+class _Clock:
+    """Seconds per stage, and the progress of each."""
+
+    def __init__(self, progress: Progress) -> None:
+        self.progress = progress
+        self.seconds: dict[str, float] = {}
+
+    @contextmanager
+    def __call__(self, stage: str) -> Iterator[None]:
+        self.progress(stage, 0, 0)
+        start = time.perf_counter()
+        yield
+        self.seconds[stage] = time.perf_counter() - start
+
+
+def _check_method(recipe: str, schedule: str | None, settings: Mapping[str, Any], passes: str | None) -> None:
+    """Raises: UsageError for what `optimize` would refuse, before a large model is loaded for nothing."""
+    if passes is not None:
+        parse_passes(passes)
+    else:
+        recipes.get(recipe).with_settings(settings)
+        if schedule is not None:
+            Schedule.parse(schedule)
+
+
+def _protect(path: Path, out: Path, files: Iterable[str]) -> None:
+    """Raises: UsageError if the model itself would be overwritten."""
+    for name in files:
+        if (out / name).exists() and path.exists() and (out / name).samefile(path):
+            raise UsageError("the model would be overwritten", where=str(path), hint="choose another folder with -o")
+
+
+def _earlier_files(out: Path) -> list[str]:
+    """The files that an earlier run left in a folder, as its report lists them: they are replaced together."""
+    try:
+        files = Report.load(out / REPORT).files.values()
+    except (OSError, TokenoptError):
+        return []
+    ours = {PROGRAM, RECIPE, REPORT, "model.onnx.data", *(f"model{target.suffix}" for target in TARGETS.values())}
+    return sorted(ours.intersection(files))
+
+
+def _given(data: Path | None, inputs: Sequence[InputSpec], rows: int | None) -> list[list[Tensor]]:
+    """The user's inputs as batches: the first ``rows`` of them in one, or all, some at a time."""
+    if data is None:
+        return []
+    found = batches(match_inputs(load_arrays(data), inputs), inputs, rows or CHECKED)
+    return list(found) if rows is None else [next(found)]
+
+
+def _new_rows(engine: Engine, known: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
+    """The checks of an engine as rows; that of an ONNX file on the way to another engine may be known already."""
+    return [row for row in (check.to_dict() for check in engine.parity) if row not in known]
+
+
+def _roles(target: Target, engine: Engine) -> dict[str, str]:
+    """The files of an engine by what they are."""
+    first, *others = engine.files
+    return {target.role: first.name} | {f"{target.role} {file.suffix[1:]}": file.name for file in others}
+
+
+def _latency(
+    dense: Engine, optimised: Engine, batch_sizes: Sequence[int], threads: int
+) -> Iterator[dict[str, Any]]:
+    """Dense against optimised in one runtime, as rows of a report."""
+    for batch in dense.batch_sizes(*batch_sizes):
+        before, after = (row["median_ms"] for row in _measure([dense, optimised], batch, threads))
+        yield {
+            "runtime": dense.runtime,
+            "batch": batch,
+            "threads": threads,
+            "before_ms": before,
+            "after_ms": after,
+            "speedup": before / after,
+        }
+
+
+def _measure(engines: Sequence[Engine], batch: int, threads: int) -> list[dict[str, Any]]:
+    """The rows of `bench` for one batch size, in as many rounds as a few seconds allow."""
+    start = time.perf_counter()
+    bench(engines, batches=[batch], threads=threads, rounds=1, warmup=1)
+    seconds = (time.perf_counter() - start) / 3  # a warm-up, a trial and a round
+    rounds = min(max(int(_SECONDS / seconds), _ROUNDS[0]), _ROUNDS[1])
+    return bench(engines, batches=[batch], threads=threads, rounds=rounds, warmup=1)

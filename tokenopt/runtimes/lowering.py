@@ -1,0 +1,193 @@
+"""Program -> program that torch's ONNX exporter translates, and translates right.
+
+Operations of ``tokenopt`` become their references, attention becomes matrix products (or one node that ONNX knows),
+and what the exporter would refuse or get wrong is written differently. Every rewrite here is exact.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+import torch.utils._pytree as pytree
+from torch import Tensor, fx
+from torch.export.graph_signature import OutputKind
+
+from tokenopt import ops
+from tokenopt.graph import remove_dead
+from tokenopt.program import Program
+
+aten = torch.ops.aten
+_ATTENTION_OPSET = 23  # the first with an attention node
+
+
+def lower(program: Program, opset: int) -> Program:
+    """A copy of the program in the operations that can be exported to this opset. Weights are shared."""
+    lowered = program.clone()
+    _freeze(lowered)
+    _forget_strides(lowered.graph)
+    _keep_tensor_outputs(lowered)
+    remove_dead(lowered)
+    return Program(lowered.exported.run_decompositions(_table(opset)))
+
+
+def _freeze(program: Program) -> None:
+    """Weights without gradients: the strides of what attention returns depend on them, and views on those."""
+    frozen: dict[int, torch.nn.Parameter] = {}
+    weights = program.exported.state_dict
+    for name, value in weights.items():
+        if isinstance(value, torch.nn.Parameter):
+            weights[name] = frozen.setdefault(id(value), torch.nn.Parameter(value.detach(), requires_grad=False))
+
+
+def _forget_strides(graph: fx.Graph) -> None:
+    """ONNX has no strides: a view may follow anything, and removing sizes that are not 1 is nothing."""
+    for node in graph.nodes:
+        if node.target in (aten.view.default, aten._unsafe_view.default):
+            node.target = aten.reshape.default
+        elif node.target in (aten.squeeze.dim, aten.squeeze.dims, aten.squeeze.default):
+            # The exporter writes squeeze for any size, which no runtime accepts; the traced sizes say what it does.
+            sizes = node.args[0].meta["val"].shape
+            dims = node.args[1] if len(node.args) > 1 else range(len(sizes))
+            dims = [dims] if isinstance(dims, int) else dims
+            ones = [d % len(sizes) for d in dims if isinstance(sizes[d], int) and sizes[d] == 1] if sizes else []
+            node.target, node.args = aten.squeeze.dims, (node.args[0], ones)
+            if not ones:
+                node.replace_all_uses_with(node.args[0])
+
+
+def _keep_tensor_outputs(program: Program) -> None:
+    """Drops None and numbers from what the program returns, and copies what would otherwise be returned twice."""
+    graph, signature = program.graph, program.exported.graph_signature
+    out = next(n for n in reversed(graph.nodes) if n.op == "output")
+    kept = {n.name for n in program.output_nodes}
+    nodes, specs, seen = [], [], set()
+    for node, spec in zip(out.args[0], signature.output_specs, strict=True):
+        if not isinstance(node, fx.Node) or node.name not in kept or spec.kind is not OutputKind.USER_OUTPUT:
+            continue
+        if node in seen or node.op == "placeholder":
+            with graph.inserting_before(out):
+                copy = graph.call_function(aten.clone.default, (node,))
+            copy.meta["val"] = node.meta["val"]
+            node = copy
+        seen.add(node)
+        spec.arg.name = node.name
+        nodes.append(node)
+        specs.append(spec)
+    out.args = (tuple(nodes),)
+    signature.output_specs[:] = specs
+    whole = next(entry for entry in program.exported.module_call_graph if entry.fqn == "")
+    whole.signature.out_spec = pytree.tree_structure(tuple(nodes))
+    whole.signature.outputs[:] = [spec.arg for spec in specs]
+
+
+def _table(opset: int) -> dict[Any, Callable[..., Any]]:
+    attention = _attention_node if opset >= _ATTENTION_OPSET else _attention
+    return {
+        **ops.references(),
+        aten.scaled_dot_product_attention.default: attention,
+        aten.masked_scatter.default: _masked_scatter,
+        aten.scatter_reduce.two: _scatter_reduce,
+        aten.sort.stable: _sort_stable,
+        aten._cdist_forward.default: _distances,
+    }
+
+
+def _attention(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    mask: Tensor | None = None,
+    dropout: float = 0.0,
+    is_causal: bool = False,
+    *,
+    scale: float | None = None,
+    enable_gqa: bool = False,
+) -> Tensor:
+    """Attention of any rank as two matrix products; runtimes fuse the scale and the transposition."""
+    if enable_gqa:
+        key, value = (_repeat_heads(x, query.shape[-3]) for x in (key, value))
+    if is_causal:
+        mask = _causal(query, key)
+    scores = query * (query.shape[-1] ** -0.5 if scale is None else scale) @ key.transpose(-2, -1)
+    if mask is None:
+        return scores.softmax(-1) @ value
+    if mask.dtype is not torch.bool:
+        return (scores + mask).softmax(-1) @ value
+    weights = torch.where(mask, scores, -torch.inf).softmax(-1)
+    return weights @ value if is_causal else torch.where(mask, weights, 0.0) @ value  # a row may see nothing
+
+
+def _attention_node(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    mask: Tensor | None = None,
+    dropout: float = 0.0,
+    is_causal: bool = False,
+    *,
+    scale: float | None = None,
+    enable_gqa: bool = False,
+) -> Tensor:
+    """Attention as the one node that ONNX has for it: of rank 4, with a mask for every query."""
+    from torch.onnx import ops as onnx_ops
+
+    rows, columns, shape = query.shape[-2], key.shape[-2], (*query.shape[:-1], value.shape[-1])
+    if mask is not None:  # [..., N, M]; leading dimensions that are folded into one cannot broadcast any more
+        lead = mask.shape[:-2] if query.dim() <= 4 else (*query.shape[:-3], *mask.shape[-3:-2])
+        mask = _rank_four(mask.expand(*lead, rows, columns))
+    result, *_ = onnx_ops.attention(
+        *(_rank_four(x) for x in (query, key, value)), attn_mask=mask, is_causal=is_causal, scale=scale
+    )
+    return result.reshape(shape)
+
+
+def _rank_four(x: Tensor) -> Tensor:
+    """[..., H, N, D] with any number of leading dimensions as [B, H, N, D]."""
+    if x.dim() <= 4:
+        return x.reshape(*[1] * (4 - x.dim()), *x.shape) if x.dim() != 3 else x.unsqueeze(1)
+    return x.flatten(0, x.dim() - 4)
+
+
+def _repeat_heads(x: Tensor, heads: int) -> Tensor:
+    groups = heads // x.shape[-3]
+    return x.unsqueeze(-3).expand(*x.shape[:-2], groups, *x.shape[-2:]).flatten(-4, -3)
+
+
+def _causal(query: Tensor, key: Tensor) -> Tensor:
+    rows, columns = (torch.arange(x.shape[-2], device=x.device) for x in (query, key))
+    return rows[:, None] >= columns[None]
+
+
+def _masked_scatter(x: Tensor, mask: Tensor, source: Tensor) -> Tensor:
+    """Without sizes that depend on values: the i-th True reads the i-th element of ``source``."""
+    mask = mask.expand_as(x)
+    position = mask.flatten().to(torch.int64).cumsum(0) - 1
+    last = source.numel() - 1
+    return torch.where(mask, source.flatten()[position.clamp(0, last)].view(x.shape), x)
+
+
+def _scatter_reduce(
+    x: Tensor, dim: int, index: Tensor, src: Tensor, reduce: str, *, include_self: bool = True
+) -> Tensor:
+    """A mean is a sum over a count: the exporter writes a mean as a plain scatter, which is wrong."""
+    if reduce != "mean":
+        return NotImplemented
+    ones = torch.ones_like(src)
+    start, count = (x, torch.ones_like(x)) if include_self else (torch.zeros_like(x), torch.zeros_like(x))
+    total = start.scatter_add(dim, index, src)
+    count = count.scatter_add(dim, index, ones)
+    return total / count if include_self else torch.where(count > 0, total / count.clamp_min(1), x)
+
+
+def _sort_stable(
+    x: Tensor, *, stable: bool | None = None, dim: int = -1, descending: bool = False
+) -> tuple[Tensor, Tensor]:
+    """ONNX's TopK is stable."""
+    return torch.sort(x, dim, descending)
+
+
+def _distances(a: Tensor, b: Tensor, p: float, compute_mode: int | None) -> Tensor:
+    """Euclidean distances, from the differences: exact also where they are small."""
+    return (a.unsqueeze(-2) - b.unsqueeze(-3)).square().sum(-1).sqrt() if p == 2 else NotImplemented
