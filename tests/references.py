@@ -149,18 +149,16 @@ def drop_inattentive(tokens: Tokens, score: Tensor, keep: float, fuse: bool) -> 
     tail = torch.arange(n - tokens.suffix, n, device=score.device).expand(batch, -1)
 
     extra = (take(score, rest)[..., None] * take(tokens.x, rest)).sum(dim=1, keepdim=True)
-    pieces = [take(tokens.x, head), take(tokens.x, best), *([extra] if fuse else []), take(tokens.x, tail)]
-    places = [head, best, *([torch.full_like(best[:, :1], -1)] if fuse else []), tail]
-    order = torch.cat(places, dim=1)
+    stands = [rest[:, :1]] if fuse else []  # the packed token takes the position of the best it is made from
+    order = torch.cat([head, best, *stands, tail], dim=1)
     new = torch.full((batch, n), tokens.prefix + kept if fuse else -1, device=score.device)
-    alive = order >= 0
     for row in range(batch):
-        new[row, order[row, alive[row]]] = alive[row].nonzero()[:, 0]
+        new[row, order[row]] = torch.arange(order.shape[1], device=score.device)
     return replace(
         tokens,
-        x=torch.cat(pieces, dim=1),
+        x=torch.cat([take(tokens.x, head), take(tokens.x, best), *([extra] if fuse else []), take(tokens.x, tail)], 1),
         size=torch.ones_like(order, dtype=tokens.size.dtype),
-        position=torch.where(alive, take(tokens.position, order.clamp(min=0)), -1),
+        position=take(tokens.position, order),
         home=torch.where(tokens.home >= 0, take(new, tokens.home.clamp(min=0)), -1),
     )
 

@@ -200,7 +200,7 @@ def test_neutral_reductions_equal_the_dense_model(name: str, recipe: str) -> Non
     """The reductions are inserted everywhere and remove nothing: for ToMe a mere permutation of the tokens."""
     model, program = timm_model(name)
     result = Pipeline([ReduceTokens(recipe, neutral=True)]).run(canonical(program))
-    if recipe == "evit" and name in ("mean", "siglip"):
+    if recipe == "evit" and name in ("mean", "siglip", "registers_mean", "rope_mean"):
         assert not result.edits
     else:
         assert len(result.edits) == 3

@@ -20,6 +20,7 @@ import torch
 from torch import Tensor, nn
 
 from tokenopt.errors import CaptureError, TokenoptError, UsageError
+from tokenopt.safe_pickle import reason
 
 ARCH_HINT = "--arch timm:NAME, torchvision:NAME, hf:CONFIG_DIR or package.module:callable"
 _PREFIXES = ("module.", "_orig_mod.")  # of DataParallel and torch.compile
@@ -117,7 +118,7 @@ def _call(builder: Callable[[], Any], arch: str) -> nn.Module:
         raise
     except Exception as error:  # the code of whoever wrote the architecture
         raise CaptureError(
-            f"{arch} cannot be built", why=f"{type(error).__name__}: {error}", hint="it is called without arguments"
+            f"{arch} cannot be built", why=reason(error), hint="it is called without arguments"
         ) from error
     if not isinstance(model, nn.Module):
         raise UsageError(f"{arch} makes no nn.Module", why=f"it returned {type(model).__name__}", hint=ARCH_HINT)
@@ -130,7 +131,7 @@ def _library(name: str, arch: str) -> Any:
     except Exception as error:  # a library that does not match the installed torch fails in many ways
         raise UsageError(
             f"--arch {arch} needs {name}",
-            why=f"it cannot be imported ({type(error).__name__}: {error})",
+            why=f"it cannot be imported ({reason(error)})",
             hint="pip install 'tokenopt[models]'",
         ) from error
 
@@ -154,9 +155,9 @@ def _import_callable(module: str, name: str, arch: str) -> Callable[[], Any]:
         for part in name.split("."):
             value = getattr(value, part)
     except (ImportError, AttributeError, ValueError) as error:
-        raise UsageError(f"there is no {arch}", why=f"{type(error).__name__}: {error}", hint=ARCH_HINT) from error
+        raise UsageError(f"there is no {arch}", why=reason(error), hint=ARCH_HINT) from error
     except Exception as error:  # the module's own code
-        raise CaptureError(f"{module} cannot be imported", why=f"{type(error).__name__}: {error}") from error
+        raise CaptureError(f"{module} cannot be imported", why=reason(error)) from error
     finally:
         if added:
             sys.path.remove(path)
@@ -198,7 +199,7 @@ def _load_hf(path: Path, arch: str, state_dict: dict[str, Tensor]) -> tuple[nn.M
         raise UsageError(
             f"there is no configuration for --arch {arch}",
             where=str(file),
-            why=f"{type(error).__name__}: {error}",
+            why=reason(error),
             hint="hf: takes a directory with the config.json of a model of transformers or diffusers",
         ) from error
     if "_class_name" in config:
@@ -226,7 +227,7 @@ def _load_hf(path: Path, arch: str, state_dict: dict[str, Tensor]) -> tuple[nn.M
             raise CaptureError(
                 f"{arch} cannot be built",
                 where=str(file),
-                why=f"{type(error).__name__}: {error}",
+                why=reason(error),
                 hint="nothing is downloaded, and code beside a configuration is not run",
             ) from error
     mismatched = [

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import stat
+import zipfile
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
@@ -121,10 +122,13 @@ def _kind(path: Path) -> str:
 
 def _archive_kind(path: Path) -> str:
     try:
-        with path.open("rb") as file:
-            members = set(torch._C.PyTorchFileReader(file).get_all_records())
-    except Exception as error:  # torch's reader reports a damaged archive in many ways
+        with zipfile.ZipFile(path) as archive:
+            names = archive.namelist()
+    except Exception as error:  # a damaged archive can fail anywhere, in any way
         raise unreadable(path, error) from error
+    members = {name.partition("/")[2] for name in names}
+    if "serialized_exported_program.json" in names:
+        raise _no_model(path, "it was exported by torch 2.7 or before", "export it again with torch.export.save")
     if "constants.pkl" in members:
         raise _no_model(
             path,

@@ -57,6 +57,12 @@ class Program:
     provenance: list[Edit] = field(default_factory=list)
     source: torch.nn.Module | None = field(default=None, repr=False)
 
+    def __post_init__(self) -> None:
+        # a view assumes the memory layout it was traced with; under autograd or on a GPU, attention returns another
+        for node in self.graph.nodes:
+            if node.target in (torch.ops.aten.view.default, torch.ops.aten._unsafe_view.default):
+                node.target = torch.ops.aten.reshape.default
+
     # -- reading -------------------------------------------------------------------------------------------------
 
     @property

@@ -26,6 +26,7 @@ import sympy
 import torch
 from torch._ops import HigherOrderOperator, OpOverload
 from torch.export import ExportedProgram
+from torch.export.pt2_archive._package import load_pt2  # torch.export.load hides why it fails
 from torch.utils._sympy import functions as torch_sympy
 
 from tokenopt.errors import CaptureError
@@ -33,7 +34,6 @@ from tokenopt.safe_pickle import allowed_globals, only_globals, unreadable
 
 _MODELS, _SAMPLES, _WEIGHTS, _CONSTANTS = "models/", "data/sample_inputs/", "data/weights/", "data/constants/"
 _COMPILED = "data/aotinductor/"
-_OLD_PROGRAM = "serialized_exported_program.json"  # torch 2.7 and before
 
 _IDENTIFIER = re.compile(r"\w*", re.ASCII)
 _WORD = re.compile(r"[\w.:/+\-]*", re.ASCII)  # names with dots, paths of members, versions, devices
@@ -87,13 +87,14 @@ def load_exported(path: Path, extra_file: str, *, trust: bool) -> tuple[Exported
         except Exception as error:  # a damaged archive can fail anywhere, in any way
             raise unreadable(path, error) from error
         file.seek(0)
-        texts = {extra_file: ""}
         try:
             with _quiet(), _only_weights(not trust), only_globals(allowed):
-                exported = torch.export.load(file, extra_files=texts)
+                contents = load_pt2(file)
         except Exception as error:  # as above
             raise _load_error(path, error) from error
-    return exported, texts[extra_file] or None
+    if "model" not in contents.exported_programs:
+        raise CaptureError("the archive holds no exported program", where=str(path), why="it has no models/model.json")
+    return contents.exported_programs["model"], contents.extra_files.get(extra_file)
 
 
 def _load_error(path: Path, error: Exception) -> CaptureError:
@@ -105,8 +106,6 @@ def _load_error(path: Path, error: Exception) -> CaptureError:
             why=f"{unregistered[1]} is not registered with torch.utils._pytree",
             hint="import the package that defines it first, or export a model that returns tensors",
         )
-    if isinstance(error, KeyError):
-        return CaptureError("the archive holds no exported program", where=str(path), why="it has no models/model.json")
     unknown = re.search(r"resolve (\S+) to an operator", str(error))
     if unknown:
         return CaptureError(
@@ -157,10 +156,6 @@ def _check_archive(file: BinaryIO, path: Path) -> list[tuple[Any, str]]:
         _Unsafe: if it carries code.
         CaptureError: if one of its pickles does.
     """
-    with zipfile.ZipFile(file) as archive:  # as torch.export.load reads the old format
-        if any(name.endswith(_OLD_PROGRAM) for name in archive.namelist()):
-            raise _Unsafe("it is in the format of torch 2.7, which cannot be checked")
-    file.seek(0)
     reader = torch._C.PyTorchFileReader(file)
     members = reader.get_all_records()
     if compiled := [m for m in members if m.startswith(_COMPILED)]:

@@ -168,9 +168,10 @@ def allowed_globals(file: BinaryIO, where: str) -> list[tuple[Any, str]]:
 
 
 def reason(error: BaseException) -> str:
-    """The first line of an error; C++ errors carry a stack trace, torch's carry advice that is not ours."""
-    text = re.sub(r"\x1b\[[0-9;]*m", "", str(error)).strip()
-    return f"{type(error).__name__}: {text.splitlines()[0][:300]}" if text else type(error).__name__
+    """The first line of an error; C++ errors carry a stack trace, others advice that is not ours."""
+    lines = re.sub(r"\x1b\[[0-9;]*m", "", str(error)).strip().splitlines()
+    text = " ".join(line.strip() for line in lines[: 2 if lines and lines[0].endswith(":") else 1])
+    return f"{type(error).__name__}: {text[:300]}" if text else type(error).__name__
 
 
 def unreadable(where: Path | str, error: BaseException) -> CaptureError:

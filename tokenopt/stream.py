@@ -12,7 +12,7 @@ from torch import fx
 import tokenopt.ops  # noqa: F401  (registers the operations)
 from tokenopt.analysis.axes import AxisMap, Cat, Terms, length, tensor_operands
 from tokenopt.analysis.cuts import StreamCut, contains, decide, offset_in, reduced_length
-from tokenopt.graph import GraphEditor, add_output
+from tokenopt.graph import GraphEditor, add_output, shape_of
 from tokenopt.program import Edit
 
 aten = torch.ops.aten
@@ -223,7 +223,7 @@ class StreamRewriter:
             return back(self.editor.item(merged, 0))
         for dim in at:
             index = self._local(step)
-            node = self._gather(node, dims, dim, index, step.before, rank=len(dims), batch_dim=None)
+            node = self._gather(node, dims, dim, index, step.before)
         return node
 
     # -- the pieces of a version ---------------------------------------------------------------------------------------
@@ -344,9 +344,7 @@ class StreamRewriter:
             dims = self.axes.dims(operand)
             for dim, terms in enumerate(dims):
                 if contains(terms, self.segment):
-                    node = self._gather(
-                        node, dims, dim, self._map(version), version.count, rank=len(dims), batch_dim=None
-                    )
+                    node = self._gather(node, dims, dim, self._map(version), version.count)
             self.restored[operand] = node
         return self.restored[operand]
 
@@ -373,13 +371,13 @@ class StreamRewriter:
         key = (operand, version.step, len(out), batch)
         if key not in self.aligned:
             current = operand
-            rank = len(dims)
-            if at < 0:
-                rank, at = len(out) - batch, 0
+            if at < 0:  # no dimension where the batch belongs yet
+                pad = len(out) - batch - len(dims)
+                dims, at = ((),) * pad + dims, 0
+                current = self.editor.insert(operand, aten.reshape.default, operand, [1] * pad + list(shape_of(operand)))
             for dim, terms in enumerate(dims):
                 if contains(terms, self.segment):
-                    index = self._index(version)
-                    current = self._gather(current, dims, dim, index, self.full, rank=rank, batch_dim=at)
+                    current = self._gather(current, dims, dim, self._index(version), self.full, batch_dim=at)
             self.aligned[key] = current
         return self.aligned[key]
 
@@ -394,23 +392,15 @@ class StreamRewriter:
         return next((i for i, d in enumerate(dims) if length(d) == 1), 0)
 
     def _gather(
-        self, node: fx.Node, dims: tuple[Terms, ...], dim: int, index: fx.Node, have: int, *,
-        rank: int, batch_dim: int | None,
-    ) -> fx.Node:  # fmt: skip
+        self, node: fx.Node, dims: tuple[Terms, ...], dim: int, index: fx.Node, have: int, batch_dim: int | None = None
+    ) -> fx.Node:
         """Reads tokens along one dimension by a per-sample index, opening that dimension and the batch if needed.
 
-        ``have`` tokens of the segment are there now; dims are the terms of the full value, ``rank`` its rank once
-        leading dimensions of size 1 are added, ``batch_dim`` where the batch is or belongs.
+        ``have`` tokens of the segment are there now; dims are the terms of the full value; ``batch_dim`` is where the
+        batch is or belongs, found from the terms by default.
         """
         editor = self.editor
         after = last_of(node, index)
-        shape = list(node.meta["val"].shape)
-        if rank > len(shape):
-            pad = rank - len(shape)
-            node = editor.insert(after, aten.reshape.default, node, [1] * pad + _sizes_of(shape))
-            dims, dim = ((),) * pad + dims, dim + pad
-            shape = [1] * pad + shape
-            after = node
         terms = dims[dim]
         if batch_dim is None:
             batch_dim = self._batch_of(dims)

@@ -146,9 +146,21 @@ def decide(axes: AxisMap, node: fx.Node, segment: Terms, reduced: Iterable[fx.No
     for operand in tensor_operands(node):
         dims = axes.dims(operand)
         if operand not in reduced and dims is not None and any(contains(d, segment) for d in dims):
+            if node.target in _MASKING and operand in axes.data and _one_per_token(axes, dims, segment):
+                why = "each of its tokens is masked by an input of its own"
+                decision.barrier = Effect(node, next(iter(reduced)), 0, EffectKind.ALIGN, why)
+                return decision
             decision.align.append(operand)
     decision.literals = [x for x in axes.literals(node) if any(contains(t, segment) for t in x.lists)]
     return decision
+
+
+_MASKING = {aten.mul.Tensor, aten.where.self, aten.masked_fill.Scalar, aten.masked_fill.Tensor}
+
+
+def _one_per_token(axes: AxisMap, dims: tuple[Terms, ...], segment: Terms) -> bool:
+    """Whether a value is one number per token: a padding mask, not features."""
+    return all(contains(d, segment) or d == axes.batch or length(d) == 1 for d in dims)
 
 
 # -- cuts --------------------------------------------------------------------------------------------------------------

@@ -26,14 +26,14 @@ def lower(program: Program, opset: int) -> Program:
     """A copy of the program in the operations that can be exported to this opset. Weights are shared."""
     lowered = program.clone()
     _freeze(lowered)
-    _forget_strides(lowered.graph)
+    _squeeze_ones(lowered.graph)
     _keep_tensor_outputs(lowered)
     remove_dead(lowered)
     return Program(lowered.exported.run_decompositions(_table(opset)))
 
 
 def _freeze(program: Program) -> None:
-    """Weights without gradients: the strides of what attention returns depend on them, and views on those."""
+    """Weights without gradients: what attention is decomposed to depends on whether there are any."""
     frozen: dict[int, torch.nn.Parameter] = {}
     weights = program.exported.state_dict
     for name, value in weights.items():
@@ -41,13 +41,10 @@ def _freeze(program: Program) -> None:
             weights[name] = frozen.setdefault(id(value), torch.nn.Parameter(value.detach(), requires_grad=False))
 
 
-def _forget_strides(graph: fx.Graph) -> None:
-    """ONNX has no strides: a view may follow anything, and removing sizes that are not 1 is nothing."""
+def _squeeze_ones(graph: fx.Graph) -> None:
+    """Lets squeeze name those sizes alone that are 1: the exporter writes it for all, which no runtime accepts."""
     for node in graph.nodes:
-        if node.target in (aten.view.default, aten._unsafe_view.default):
-            node.target = aten.reshape.default
-        elif node.target in (aten.squeeze.dim, aten.squeeze.dims, aten.squeeze.default):
-            # The exporter writes squeeze for any size, which no runtime accepts; the traced sizes say what it does.
+        if node.target in (aten.squeeze.dim, aten.squeeze.dims, aten.squeeze.default):
             sizes = node.args[0].meta["val"].shape
             dims = node.args[1] if len(node.args) > 1 else range(len(sizes))
             dims = [dims] if isinstance(dims, int) else dims
@@ -90,6 +87,7 @@ def _table(opset: int) -> dict[Any, Callable[..., Any]]:
         aten.masked_scatter.default: _masked_scatter,
         aten.scatter_reduce.two: _scatter_reduce,
         aten.sort.stable: _sort_stable,
+        aten.cdist.default: _distances,
         aten._cdist_forward.default: _distances,
     }
 
@@ -188,6 +186,6 @@ def _sort_stable(
     return torch.sort(x, dim, descending)
 
 
-def _distances(a: Tensor, b: Tensor, p: float, compute_mode: int | None) -> Tensor:
+def _distances(a: Tensor, b: Tensor, p: float = 2.0, compute_mode: int | None = None) -> Tensor:
     """Euclidean distances, from the differences: exact also where they are small."""
     return (a.unsqueeze(-2) - b.unsqueeze(-3)).square().sum(-1).sqrt() if p == 2 else NotImplemented
