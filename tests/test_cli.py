@@ -204,6 +204,15 @@ def test_lists(tokenopt: Cli) -> None:
     assert {"name", "summary"} == set(tokenopt("passes", "--json").json()[0])
 
 
+@pytest.mark.tensorrt
+def test_export_to_tensorrt_without_a_gpu(optimised: Path, tokenopt: Cli, tmp_path: Path) -> None:
+    pytest.importorskip("tensorrt_rtx")
+    arguments = ["--to", "onnx,tensorrt-rtx", "--compute-capability", "8.9", "-o", tmp_path]
+    result = tokenopt("export", optimised / "model.pt2", *arguments)
+    assert {p.name for p in tmp_path.iterdir()} == {"model.onnx", "model.rtx.engine"}
+    assert "built and read back; cannot run here" in result.out or torch.cuda.is_available()
+
+
 # -- usage and errors ------------------------------------------------------------------------------------------------
 
 
@@ -219,6 +228,7 @@ def test_lists(tokenopt: Cli) -> None:
         (["optimize", "vit.pt", "-o", "out", "--recipe", "tomato"], "'tomato'"),
         (["optimize", "vit.pt", "-o", "out", "--schedule", "fast"], "schedule"),
         (["optimize", "vit.pt", "-o", "out", "--passes", "vanish"], "'vanish'"),
+        (["optimize", "vit.pt", "-o", "out", "--passes", "raise-attention", "--schedule", "r=4"], "option"),
         (["optimize", "vit.pt", "-o", "out", "--threads", "0"], "--threads"),
         (["explain", "tomee"], "tome"),
         (["explain", "absent.json", "--site", "blocks.0"], "no such report"),
@@ -277,3 +287,14 @@ def test_progress_is_a_bar_on_a_terminal_only(monkeypatch: pytest.MonkeyPatch) -
         assert ("\x1b" in stream.getvalue()) is has_bar
         assert "rewrite" in stream.getvalue()
     assert stream.getvalue() == "load\nrewrite\n"
+
+
+def test_a_missing_runtime_is_said_before_any_work(
+    tokenopt: Cli, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    from tokenopt.runtimes.tensorrt import TensorRT
+
+    monkeypatch.setattr(TensorRT, "available", lambda self: "it is not installed")
+    err = tokenopt("optimize", "absent.pt", "--to", "tensorrt", "-o", tmp_path / "out", code=1).err
+    assert "tensorrt cannot build here" in err and "it is not installed" in err
+    assert not (tmp_path / "out").exists()

@@ -25,11 +25,11 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 from torch.export import Dim
 
+from tokenopt import safe_archive
 from tokenopt.errors import CaptureError, TokenoptError, UsageError
 from tokenopt.example_inputs import infer_input_shapes, make_example_inputs
 from tokenopt.loading import load_program, parse_input_shapes
 from tokenopt.program import Edit, capture, flatten_tensors
-from tokenopt.safe_archive import load_exported
 from tokenopt.safe_pickle import load_pickle
 
 timm = pytest.importorskip("timm")
@@ -729,6 +729,57 @@ def test_payload_in_a_program_never_runs(tmp_path: Path, base: Path, member: str
     assert mark.exists()
 
 
+@pytest.mark.parametrize(
+    ("check", "good", "bad"),
+    [
+        (
+            safe_archive._check_size,
+            ["s77", "2*s77 + 1", "Symbol('s77', positive=True, integer=True)", "-1", "int_oo", "Eq(s0, 4)"]
+            + ["Max(Integer(1), TruncToInt(Mul(Float('1.5', precision=53), ToFloat(Symbol('s53')))))"],
+            [
+                "exec('x')",
+                "Symbol('s').func",
+                "Integer(2)(3)",
+                "Symbol('a.b')",
+                "Add('f(x)')",
+                "[s for s in t]",
+                "lambda: 1",
+            ]
+            + ["1 # )", "1\n", "s0[0]", "(s := 1)", "f'{s}'", "Add(*s)", "", "sympify('1')", "open(s)"],
+        ),
+        (
+            safe_archive._check_guard,
+            ["(L['x'].size()[0] % 2) == 0", "L['a b'][0].size()[1] > (L['y'].size()[0] // 3)", "L['n'] == 3"]
+            + ["2*L['x'].size()[2] > math.trunc(1.5*torch.sym_float(L['x'].size()[2]))", "max(1, L['n']) <= math.inf"],
+            [
+                "open('x')",
+                "L['x']()",
+                "L['x'].__class__",
+                "L['x'].size().__class__",
+                "torch.load('x')",
+                "math.os.system",
+            ]
+            + [
+                "L['x'].size()[0] == 1 #",
+                "(lambda: 1)()",
+                "[x for x in L]",
+                "f'{L}'",
+                "L['\"']",
+                "max(*L)",
+                "",
+                "getattr(L, 'x')",
+            ],
+        ),
+    ],
+)
+def test_grammar_of_sizes_and_guards(check: Callable[[str], None], good: list[str], bad: list[str]) -> None:
+    for text in good:
+        check(text)
+    for text in bad:
+        with pytest.raises(safe_archive._Unsafe):
+            check(text)
+
+
 def test_compiled_code_and_pickled_objects_in_a_program_are_refused(tmp_path: Path, base: Path) -> None:
     compiled = rewritten(base, tmp_path / "m.pt2", {"data/aotinductor/model/model.so": lambda _: b"\x7fELF"})
     with pytest.raises(CaptureError, match="compiled code"):
@@ -856,7 +907,7 @@ def test_damaged_files_raise_nothing_else(tmp_path: Path, base: Path, kind: str)
         path.write_bytes(data)
         try:
             if kind == "pt2":
-                load_exported(path, "x", trust=False)
+                safe_archive.load_exported(path, "x", trust=False)
             elif kind == "safetensors":
                 load_program(path)
             else:

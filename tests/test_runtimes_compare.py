@@ -15,7 +15,16 @@ from tokenopt import capture
 from tokenopt.errors import ParityError, UsageError
 from tokenopt.program import InputSpec, Program
 from tokenopt.runtimes.base import Engine
-from tokenopt.runtimes.compare import Check, Statistics, check_parity, compare, default_tolerance, prove, require, verify
+from tokenopt.runtimes.compare import (
+    Check,
+    Statistics,
+    check_parity,
+    compare,
+    default_tolerance,
+    prove,
+    require,
+    verify,
+)
 from tokenopt.runtimes.eager import EagerEngine
 
 
@@ -217,7 +226,11 @@ def test_verify_engines() -> None:
 
 
 def test_random_inputs_of_an_engine_fit_it() -> None:
-    specs = (InputSpec("x", "float16", ("batch", 3)), InputSpec("ids", "int64", ("batch", 5)), InputSpec("s", "bool", (2,)))
+    specs = (
+        InputSpec("x", "float16", ("batch", 3)),
+        InputSpec("ids", "int64", ("batch", 5)),
+        InputSpec("s", "bool", (2,)),
+    )
     engine = Function(None, "function", specs, (), call=lambda *t: list(t))
     x, ids, flags = engine(*engine.random_inputs(4))
     assert (x.shape, x.dtype, ids.shape, flags.dtype) == ((4, 3), torch.float16, (4, 5), torch.bool)

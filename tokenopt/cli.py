@@ -92,7 +92,9 @@ def optimize(
     static_batch: StaticBatch = False,
     trust: Trust = False,
     allow_missing: AllowMissing = False,
-    recipe: Annotated[str, typer.Option(help="A name (see recipes), or a YAML file.")] = "tome",
+    recipe: Annotated[
+        str | None, typer.Option(help="A name (see recipes), or a YAML file.", show_default="tome")
+    ] = None,
     settings: Annotated[
         list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="Change a setting of the recipe.")
     ] = None,
@@ -277,8 +279,8 @@ def main(arguments: list[str] | None = None) -> NoReturn:
             stream.reconfigure(errors="backslashreplace")
     code = DONE
     try:
-        with _terminable():
-            app(arguments, prog_name="tokenopt", standalone_mode=True)
+        with _exit_on_signals():
+            app(arguments, prog_name="tokenopt")
     except SystemExit as end:  # typer's way to return
         code = end.code if isinstance(end.code, int) else DONE
         if code == INTERRUPTED:
@@ -304,13 +306,17 @@ def _report_error(error: Exception, message: str, code: int = ERROR) -> int:
 
 
 @contextmanager
-def _terminable() -> Iterator[None]:
-    """Turns SIGTERM into an exit, so that unfinished files are removed."""
-    previous = signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
+def _exit_on_signals() -> Iterator[None]:
+    """Turns Ctrl-C and SIGTERM into exits, on whose way out unfinished files are removed."""
+    handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+    for number, handler in handlers.items():
+        if handler is not signal.SIG_IGN:  # as under nohup
+            signal.signal(number, lambda received, _: sys.exit(128 + received))
     try:
         yield
     finally:
-        signal.signal(signal.SIGTERM, previous)
+        for number, handler in handlers.items():
+            signal.signal(number, handler)
 
 
 def _flushed(code: int) -> int:

@@ -31,6 +31,7 @@ from tokenopt.staging import staged
 
 Progress = Callable[[str, int, int], None]
 
+RECIPE_NAME = "tome"
 PROGRAM, RECIPE, REPORT = "model.pt2", "recipe.resolved.yaml", "report.json"
 CHECKED = 32  # samples of the user's data that an optimisation or export is checked on; verify takes all
 _SECONDS, _ROUNDS = 5.0, (5, 40)  # that one measurement may take, and the rounds it has at least and at most
@@ -131,7 +132,7 @@ def optimize_model(
     *,
     source: Source,
     build: Build,
-    recipe: str,
+    recipe: str | None,
     schedule: str | None,
     settings: Mapping[str, Any],
     passes: str | None,
@@ -146,8 +147,9 @@ def optimize_model(
     A run that changes nothing leaves its report alone, and not even that beside the files of an earlier run.
     """
     build.check_available()
-    passes = passes or _resolved_passes(recipe)
-    _check_method(recipe, schedule, settings, passes)
+    if passes is None and recipe is not None and (passes := _resolved_passes(recipe)) is not None:
+        recipe = None
+    _check_method(recipe, schedule, settings, passes, short_outputs)
     _protect(path, out, [PROGRAM, *(f"model{target.suffix}" for target in build.distinct)])
     clock = _Clock(progress)
     threads = threads or torch.get_num_threads()
@@ -157,7 +159,7 @@ def optimize_model(
             given = _given(data, program.inputs, CHECKED)
         result = optimize(
             program,
-            recipe=recipe,
+            recipe=recipe or RECIPE_NAME,
             schedule=schedule,
             settings=settings,
             passes=passes,
@@ -309,14 +311,22 @@ class _Clock:
         self.seconds[stage] = time.perf_counter() - start
 
 
-def _check_method(recipe: str, schedule: str | None, settings: Mapping[str, Any], passes: str | None) -> None:
-    """Raises: UsageError for what `optimize` would refuse, before a large model is loaded for nothing."""
-    if passes is not None:
-        parse_passes(passes)
-    else:
-        recipes.get(recipe).with_settings(settings)
+def _check_method(
+    recipe: str | None, schedule: str | None, settings: Mapping[str, Any], passes: str | None, short_outputs: bool
+) -> None:
+    """Raises: UsageError for what `optimize` would refuse or ignore, before a large model is loaded for nothing."""
+    if passes is None:
+        recipes.get(recipe or RECIPE_NAME).with_settings(settings)
         if schedule is not None:
             Schedule.parse(schedule)
+        return
+    parse_passes(passes)
+    if recipe or schedule or settings or short_outputs:
+        raise UsageError(
+            "a list of passes says all there is to do",
+            why="recipe, schedule, settings and short outputs are options of a pass then",
+            hint='--passes "raise-attention,reduce-tokens{recipe=tome,schedule=r=8,short-outputs=true}"',
+        )
 
 
 def _protect(path: Path, out: Path, files: Iterable[str]) -> None:

@@ -22,12 +22,9 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, BinaryIO
 
-import sympy
 import torch
 from torch._ops import HigherOrderOperator, OpOverload
 from torch.export import ExportedProgram
-from torch.export.pt2_archive._package import load_pt2  # torch.export.load hides why it fails
-from torch.utils._sympy import functions as torch_sympy
 
 from tokenopt.errors import CaptureError
 from tokenopt.safe_pickle import allowed_globals, only_globals, unreadable
@@ -68,6 +65,8 @@ def load_exported(path: Path, extra_file: str, *, trust: bool) -> tuple[Exported
     Raises:
         CaptureError: if the archive carries code, or cannot be read.
     """
+    from torch.export.pt2_archive._package import load_pt2  # slow to import; torch.export.load hides why it fails
+
     import tokenopt.ops  # noqa: F401  (programs of ours name its operations)
 
     with path.open("rb") as file:
@@ -160,8 +159,8 @@ def _check_archive(file: BinaryIO, path: Path) -> list[tuple[Any, str]]:
     members = reader.get_all_records()
     if compiled := [m for m in members if m.startswith(_COMPILED)]:
         raise _Unsafe(f"it carries compiled code ({compiled[0]})")
-    pickles = {m for m in members if m.startswith(_SAMPLES)}
-    pickles |= {m for m in members if m.startswith((_WEIGHTS, _CONSTANTS)) and m.endswith(".pt")}
+    pickles = {m for m in members if m.lower().startswith(_SAMPLES)}  # torch looks members up without regard to case
+    pickles |= {m for m in members if m.lower().startswith((_WEIGHTS, _CONSTANTS)) and m.lower().endswith(".pt")}
     for member in members:
         if member.startswith((_WEIGHTS, _CONSTANTS)) and member.endswith("_config.json"):
             folder = _WEIGHTS if member.startswith(_WEIGHTS) else _CONSTANTS
@@ -272,7 +271,10 @@ def _check_structure(node: Any) -> None:
 
 
 def _check_size(text: str) -> None:
-    """A symbolic size, ``Mul(Integer(2), Symbol('s77', integer=True))``: calls of sympy's expression classes."""
+    """A symbolic size, ``Mul(Integer(2), Symbol('s77', integer=True))`` or ``2*s77``: sympy's expressions only."""
+    import sympy  # slow to import
+    from torch.utils._sympy import functions as torch_sympy
+
     for node in _walk(text):
         match node:
             case ast.Call(func=ast.Name(id=name)):
@@ -285,7 +287,9 @@ def _check_size(text: str) -> None:
                     raise _Unsafe(f"a size holds {word[:80]!r}")
             case ast.Constant(value=bool() | int() | float()) | ast.Name() | ast.keyword() | ast.Load():
                 pass
-            case ast.UnaryOp() | ast.USub() | ast.Tuple():
+            case ast.BinOp() | ast.UnaryOp() | ast.Compare() | ast.Tuple():
+                pass
+            case ast.operator() | ast.unaryop() | ast.cmpop():
                 pass
             case _:
                 raise _Unsafe(f"a size is {text[:80]!r}")

@@ -70,13 +70,12 @@ class _Name:
 
 
 _UNNAMED = _Name("", "an object that the file makes")
-_FROZEN_DICT = _Name("diffusers.configuration_utils", "FrozenDict")
 _REBUILD = _Name("torch._tensor", "_rebuild_from_type_v2")
 _HARMLESS: dict[_Name, tuple[Any, set[str]]] = {
     _Name("functools", "partial"): (functools.partial, {_CALL}),
     _Name("argparse", "Namespace"): (argparse.Namespace, {_CREATE}),
     # Torch fills no subclass of dict. What FrozenDict adds, attributes named like its keys, is in its pickled state.
-    _FROZEN_DICT: (OrderedDict, {_CALL}),
+    _Name("diffusers.configuration_utils", "FrozenDict"): (OrderedDict, {_CALL}),
 }
 
 
@@ -97,15 +96,15 @@ def load_pickle(path: Path, *, trust: bool) -> Any:
             with only_globals(allowed), warnings.catch_warnings():
                 warnings.simplefilter("ignore")
                 return torch.load(file, map_location="cpu", weights_only=not trust)
-        except (ImportError, AttributeError) as error:
-            raise CaptureError(
-                "the file names code that cannot be imported here",
-                where=str(path),
-                why=reason(error),
-                hint="put its package on PYTHONPATH; a class of a script (__main__) cannot be found again: "
-                + SAFE_FORMATS,
-            ) from error
         except Exception as error:  # a damaged pickle can fail anywhere, in any way
+            if trust and isinstance(error, (ImportError, AttributeError)):
+                raise CaptureError(
+                    "the file names code that cannot be imported here",
+                    where=str(path),
+                    why=reason(error),
+                    hint="put its package on PYTHONPATH; a class of a script (__main__) cannot be found again: "
+                    + SAFE_FORMATS,
+                ) from error
             raise unreadable(path, error) from error
 
 

@@ -374,7 +374,8 @@ class StreamRewriter:
             if at < 0:  # no dimension where the batch belongs yet
                 pad = len(out) - batch - len(dims)
                 dims, at = ((),) * pad + dims, 0
-                current = self.editor.insert(operand, aten.reshape.default, operand, [1] * pad + list(shape_of(operand)))
+                shape = [1] * pad + list(shape_of(operand))
+                current = self.editor.insert(operand, aten.reshape.default, operand, shape)
             for dim, terms in enumerate(dims):
                 if contains(terms, self.segment):
                     current = self._gather(current, dims, dim, self._index(version), self.full, batch_dim=at)

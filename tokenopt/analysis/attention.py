@@ -84,7 +84,7 @@ def match_attention(axes: AxisMap, softmax: fx.Node) -> AttentionMatch | Refusal
     while scores is None:
         target = node.target
         if not isinstance(node, fx.Node) or node.op != "call_function":
-            return None
+            return _without_keys(axes, softmax, where)
         if target in _SAME:
             node = node.args[0]
         elif target in (aten.mul.Tensor, aten.mul.Scalar, aten.div.Tensor, aten.div.Scalar):
@@ -146,7 +146,7 @@ def match_attention(axes: AxisMap, softmax: fx.Node) -> AttentionMatch | Refusal
         elif _reaches_product(axes, node):
             return Refusal(where, _why_between(node, "before"), _KEEP_DENSE)
         else:
-            return None
+            return _without_keys(axes, softmax, where)
     if scores.a not in axes.data and scores.b not in axes.data:
         return None
     dim = softmax.args[1] % rank
@@ -259,6 +259,15 @@ def _value_product(softmax: fx.Node, after: list[fx.Node]) -> Product | str:
         else:
             return _why_between(user, "after")
         node = user
+
+
+def _without_keys(axes: AxisMap, softmax: fx.Node, where: str) -> Refusal | None:
+    """A softmax that weighs values by something other than a product with keys."""
+    after: list[fx.Node] = []
+    output = _value_product(softmax, after)
+    if isinstance(output, str) or not any(n in axes.data for n in (output.a, output.b) if n not in (softmax, *after)):
+        return None
+    return Refusal(where, "its weights are computed from the queries alone: there are no keys", _KEEP_DENSE)
 
 
 def _swap(product: Product) -> Product | None:

@@ -375,10 +375,10 @@ def part_of(factor: Factor, size: int) -> Factor:
 def bind(factor: Factor, terms: Terms) -> None:
     """Says that a factor is this list of terms, which inherit what it is known to be."""
     factor.bound = terms
-    if factor.channel or (factor.data and len(terms) == 1 and isinstance(terms[0], Factor)):
-        for inner in factors(terms):
-            inner.channel |= factor.channel
-            inner.data |= factor.data
+    data = factor.data and not any(isinstance(t, Cat) for t in terms)  # the parts of a sequence differ in that
+    for inner in factors(terms):
+        inner.channel |= factor.channel
+        inner.data |= data
 
 
 def _join(parts: Sequence[Terms]) -> Terms:

@@ -161,7 +161,8 @@ for _name in (
     "aten.to aten._to_copy aten.clone aten.contiguous aten.alias aten.detach aten.dropout aten.type_as aten.copy "
     "aten.lift_fresh_copy aten.zeros_like aten.ones_like aten.full_like aten.empty_like aten.rand_like "
     "aten.randn_like aten.fill aten.masked_fill aten.where aten.batch_norm "
-    "aten.feature_dropout aten.native_dropout aten.lerp aten.bernoulli aten.float aten.bucketize"
+    "aten.hardswish aten.hardsigmoid aten.hardtanh aten.softplus aten.leaky_relu aten.mish aten.prelu "
+    "aten.relu6 aten.logit aten.feature_dropout aten.native_dropout aten.lerp aten.bernoulli aten.float aten.bucketize"
 ).split():
     axis_rule(_name)(pointwise)
 

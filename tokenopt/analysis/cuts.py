@@ -228,7 +228,9 @@ def _cut_of(axes: AxisMap, site: AttentionSite, ancestors: Ancestors) -> fx.Node
     """The residual sum behind a site: the first sum of something that the site made and something it was made from."""
     if site.refusal is not None:
         return site.refusal
-    segment = site.axis.reducible if site.axis is not None else None
+    if site.axis is None:
+        return Refusal(site.id, "there is one token only", "nothing to reduce here")
+    segment = site.axis.reducible
     if segment is None:
         return Refusal(site.id, "no segment of its tokens comes from the input", "nothing to reduce here")
     if len(site.node.args[0].meta["val"].shape) != 4 or axes.dims(site.node.args[0])[0] != axes.batch:
@@ -246,9 +248,16 @@ def _cut_of(axes: AxisMap, site: AttentionSite, ancestors: Ancestors) -> fx.Node
         below.add(node)
         if node.target is not aten.add.Tensor or len(operands) != 2:
             continue
-        if sum(ancestors.has(query, n) for n in operands) != 1 or not any(
-            contains(d, segment.terms) for d in axes.dims(node)
-        ):
+        if sum(ancestors.has(query, n) for n in operands) != 1:
+            continue
+        if not any(contains(d, segment.terms) for d in axes.dims(node)):
+            if any(tears(d, segment.terms) for d in axes.dims(node)):
+                sizes = " x ".join(str(length(d)) for d in axes.dims(node)[1:])
+                return Refusal(
+                    site.id,
+                    f"the stream holds its {site.axis} tokens as a grid, {sizes}",
+                    "use a local attention pattern here",
+                )
             continue
         problem = _stream_problem(axes, node, segment, site)
         if problem is not None:

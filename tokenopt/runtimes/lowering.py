@@ -76,7 +76,6 @@ def _keep_tensor_outputs(program: Program) -> None:
     signature.output_specs[:] = specs
     whole = next(entry for entry in program.exported.module_call_graph if entry.fqn == "")
     whole.signature.out_spec = pytree.tree_structure(tuple(nodes))
-    whole.signature.outputs[:] = [spec.arg for spec in specs]
 
 
 def _table(opset: int) -> dict[Any, Callable[..., Any]]:

@@ -302,12 +302,14 @@ def _spec(name: str, dtype: str, shape: Sequence[int]) -> InputSpec:
 
 def _failure(done: subprocess.CompletedProcess[str]) -> tuple[str, str | None]:
     """Why a build failed, with TensorRT's messages, and at which node."""
-    lines = [line for line in (done.stdout + done.stderr).splitlines() if line.strip()]
-    reason, where = f"the builder ended with code {done.returncode}", None
+    log = [re.sub(r"^\[[^\]]*\] ", "", line) for line in (done.stdout + done.stderr).splitlines() if line.strip()]
     if done.returncode < 0:
         reason = f"the builder was ended by {signal.Signals(-done.returncode).name}"
-    elif lines and lines[-1].startswith('{"error"'):
-        failure = json.loads(lines.pop())
-        reason, where = failure["error"], failure["where"]
-    log = [re.sub(r"^\[[^\]]*\] ", "", line) for line in lines[-5:]]
-    return "\n".join([reason, *(f"         {line[:300]}" for line in log)]), where
+    elif log and log[-1].startswith('{"error"'):
+        failure = json.loads(log.pop())
+        if failure["where"] is not None:  # what TensorRT logged then says the same at length
+            return failure["error"], failure["where"]
+        reason = failure["error"]
+    else:
+        reason = f"the builder ended with code {done.returncode}"
+    return "\n".join([reason, *(f"         {line[:300]}" for line in log[-5:])]), None

@@ -1,0 +1,130 @@
+"""Speed: ToMe against the dense model in ONNX Runtime on the CPU, side by side, with the FLOP ratio beside it.
+
+    python -m benchmarks.speed [--models deit_s vit_b vit_l] [--batch 1 8] [--threads 1] [--rounds 7] [--out FILE]
+
+Both models are exported by tokenopt with the same settings (opset 20, float32), and run in interleaved rounds of one
+process. Three programs are timed: dense, reduced, and *neutral* (every merge inserted, none removing a token). What
+neutral costs more than dense is an upper bound for the cost of matching and merging, since real merges get cheaper
+layer by layer. Compile times are those of this run, without tracing and export.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import platform
+import tempfile
+import time
+import warnings
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from tokenopt.analysis.axes import propagate
+from tokenopt.analysis.cuts import find_cuts
+from tokenopt.analysis.sites import find_sites
+from tokenopt.cost import program_flops
+from tokenopt.passes.fold_constants import FoldConstants
+from tokenopt.passes.raise_attention import RaiseAttention
+from tokenopt.passes.reduce_tokens import ReduceTokens
+from tokenopt.passes.remove_dead import RemoveDead
+from tokenopt.pipeline import Pipeline
+from tokenopt.program import Program, capture
+from tokenopt.runtimes import get
+from tokenopt.runtimes import open as open_engine
+from tokenopt.runtimes.bench import benchmark
+
+MODELS = {
+    "deit_s": ("deit_small_patch16_224", 224, "r=13"),
+    "vit_b": ("vit_base_patch16_224", 224, "r=13"),
+    "vit_l": ("vit_large_patch16_384", 384, "r=23"),
+}
+
+
+@dataclass
+class Variants:
+    """The three programs of one model and what making them took."""
+
+    dense: Program
+    reduced: Program
+    neutral: Program
+    analysis_ms: float
+    compile_s: float
+
+
+def variants(name: str, size: int, schedule: str) -> Variants:
+    import timm
+
+    torch.manual_seed(0)
+    program = capture(timm.create_model(name).eval(), torch.randn(2, 3, size, size))
+    start = time.perf_counter()
+    dense = Pipeline([FoldConstants(), RaiseAttention()]).run(program).program
+    reduced = Pipeline([ReduceTokens("tome", schedule), RemoveDead()]).run(dense).program
+    compile_s = time.perf_counter() - start
+    neutral = Pipeline([ReduceTokens("tome", schedule, neutral=True), RemoveDead()]).run(dense).program
+    start = time.perf_counter()
+    axes = propagate(dense)
+    find_cuts(axes, find_sites(axes)[0])
+    analysis_ms = (time.perf_counter() - start) * 1e3
+    return Variants(dense, reduced, neutral, analysis_ms, compile_s)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--models", nargs="+", default=list(MODELS), choices=list(MODELS))
+    parser.add_argument("--batch", nargs="+", type=int, default=[1, 8])
+    parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument("--rounds", type=int, default=7)
+    parser.add_argument("--out", type=Path)
+    options = parser.parse_args()
+    torch.set_grad_enabled(False)
+    warnings.filterwarnings("ignore")
+    heads = ["model", "schedule", "batch", "dense", "ToMe", "speed-up", "FLOP ratio", "of the FLOP ratio"]
+    heads += ["merging at most", "analysis ms", "compile s"]
+    lines = [
+        "# Speed",
+        "",
+        f"ONNX Runtime CPU, {options.threads} thread(s), float32, {options.rounds} interleaved rounds, median (IQR) in",
+        f"ms; {_processor()}, {os.cpu_count()} cores; torch {torch.__version__}, Python {platform.python_version()}.",
+        "",
+        f"| {' | '.join(heads)} |",
+        "|---" * len(heads) + "|",
+    ]
+    print("\n".join(lines), flush=True)
+    for key in options.models:
+        name, size, schedule = MODELS[key]
+        made = variants(name, size, schedule)
+        flops = program_flops(made.dense) / program_flops(made.reduced)
+        with tempfile.TemporaryDirectory() as folder:
+            engines = {}
+            for part in ("dense", "reduced", "neutral"):
+                path = Path(folder) / f"{part}.onnx"
+                get("onnxruntime").build(getattr(made, part), path)
+                engines[part] = open_engine(path, threads=options.threads)
+            for batch in options.batch:
+                x = torch.randn(batch, 3, size, size)
+                calls = {part: (lambda e=engine, x=x: e(x)) for part, engine in engines.items()}
+                dense, reduced, neutral = benchmark(calls, rounds=options.rounds, warmup=1)
+                overhead = (neutral.median_ms - dense.median_ms) / reduced.median_ms
+                lines.append(
+                    f"| {name} {size} | {schedule} | {batch} | {dense.median_ms:.1f} ({dense.iqr_ms:.1f}) "
+                    f"| {reduced.median_ms:.1f} ({reduced.iqr_ms:.1f}) | {reduced.ratio:.2f}x | {flops:.2f}x "
+                    f"| {reduced.ratio / flops:.2f} | {overhead:.1%} | {made.analysis_ms:.0f} | {made.compile_s:.1f} |"
+                )
+                print(lines[-1], flush=True)
+    if options.out is not None:
+        options.out.parent.mkdir(parents=True, exist_ok=True)
+        options.out.write_text("\n".join([*lines, ""]))
+
+
+def _processor() -> str:
+    try:
+        text = Path("/proc/cpuinfo").read_text()
+    except OSError:
+        return platform.processor() or platform.machine()
+    return next((x.split(":")[1].strip() for x in text.splitlines() if x.startswith("model name")), platform.machine())
+
+
+if __name__ == "__main__":
+    main()
