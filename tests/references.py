@@ -27,6 +27,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from benchmarks.zoo import perturb
+
 # -- token streams -----------------------------------------------------------------------------------------------------
 
 
@@ -613,18 +615,6 @@ def fastervlm_clip(model: nn.Module, pixel_values: Tensor, keep: float, layer: i
 
 
 # -- tiny models of the real classes -----------------------------------------------------------------------------------
-
-
-def perturb(model: nn.Module, scale: float = 0.02, seed: int = 0) -> nn.Module:
-    """Adds noise to every parameter, in place, and puts the model in eval mode.
-
-    Heads, biases, layer scales and bias tables that start at zero would otherwise hide errors.
-    """
-    generator = torch.Generator().manual_seed(seed)
-    with torch.no_grad():
-        for parameter in model.parameters():
-            parameter.add_(scale * torch.randn(parameter.shape, generator=generator))
-    return model.eval()
 
 
 def tiny_timm(name: str = "vit_tiny_patch16_224", scale: float = 0.1, **options: Any) -> nn.Module:

@@ -44,8 +44,9 @@ def models(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture
-def tokenopt(capsys: pytest.CaptureFixture[str]) -> Cli:
+def tokenopt(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> Cli:
     """Runs the command line, checks its exit code and returns ``out``, ``err`` and ``json()``."""
+    monkeypatch.setenv("COLUMNS", "160")  # so that tables do not fold what is looked for
 
     def call(*arguments: object, code: int = 0) -> SimpleNamespace:
         capsys.readouterr()

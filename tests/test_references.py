@@ -10,6 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from benchmarks.zoo import perturb
 from tests.references import (
     TIMM,
     Tokens,
@@ -21,7 +22,6 @@ from tests.references import (
     images,
     log_size,
     merge,
-    perturb,
     sentences,
     stream,
     take,

@@ -55,6 +55,11 @@ def example_report() -> Report:
     )  # fmt: skip
 
 
+@pytest.fixture(autouse=True)
+def _wide(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("COLUMNS", "160")
+
+
 def text_of(renderable: object) -> str:
     """What a renderable looks like where stdout is a pipe that takes ASCII only."""
     stream = io.TextIOWrapper(raw := io.BytesIO(), encoding="ascii")

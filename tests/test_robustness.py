@@ -158,7 +158,7 @@ def test_wrong_data(tokenopt: Cli, model: Path, out: Path, tmp_path: Path) -> No
 def test_names_outside_ascii(model: Path, tmp_path: Path) -> None:
     odd = tmp_path / "модель [b]\udcff.pt"
     process = start("inspect", odd, env=os.environ | {"PYTHONIOENCODING": "ascii"})
-    _, err = process.communicate(timeout=120)
+    _, err = process.communicate(timeout=300)
     assert process.returncode == 1
     assert err.isascii() and "there is no such file" in err and "[b]" in err
 
@@ -176,8 +176,6 @@ def test_a_wrong_export_is_exit_code_4(
     result = tokenopt("optimize", model, *SHAPE, "--schedule", "r=4", "-o", out)
     assert result.code == 4 and "onnxruntime" in result.err
     assert contents(out) == OLD
-    result = tokenopt("export", model, *SHAPE, "-o", out)
-    assert result.code == 4 and contents(out) == OLD
 
 
 # -- interrupts ------------------------------------------------------------------------------------------------------
@@ -212,7 +210,7 @@ def test_control_c_in_the_middle(model: Path, out: Path) -> None:
         if line.startswith("build onnxruntime"):
             process.send_signal(signal.SIGINT)
             break
-    _, err = process.communicate(timeout=120)
+    _, err = process.communicate(timeout=300)
     assert process.returncode == 130
     assert "interrupted; nothing was written" in err and "Traceback" not in err
     assert contents(out) == OLD
@@ -222,14 +220,15 @@ def test_control_c_in_the_middle(model: Path, out: Path) -> None:
 
 
 @needs_mount
-def test_a_full_disk(model: Path, out: Path) -> None:
-    """300 kB hold model.pt2, but not model.onnx beside it."""
+@pytest.mark.parametrize("kilobytes", [100, 300])
+def test_a_full_disk(model: Path, out: Path, kilobytes: int) -> None:
+    """The smaller disk does not hold model.pt2, the larger one not model.onnx beside it."""
     wrapper = (
-        f'cp -r {out} {out}.copy && mount -t tmpfs -o size=300k none {out} && cp {out}.copy/* {out} && "$@"; '
+        f'cp -r {out} {out}.copy && mount -t tmpfs -o size={kilobytes}k none {out} && cp {out}.copy/* {out} && "$@"; '
         f"code=$?; diff -r {out} {out}.copy || exit 99; exit $code"
     )
     process = start("optimize", model, *SHAPE, "--schedule", "r=4", "-o", out, wrapper=wrapper)
-    stdout, err = process.communicate(timeout=120)
+    stdout, err = process.communicate(timeout=300)
     assert process.returncode == 1, stdout + err
     assert "the disk is full" in err and "Traceback" not in err
 
@@ -238,7 +237,7 @@ def test_a_full_disk(model: Path, out: Path) -> None:
 def test_a_read_only_folder(model: Path, out: Path) -> None:
     wrapper = f'mount -t tmpfs -o ro none {out} && "$@"'
     process = start("optimize", model, *SHAPE, "-o", out / "new", wrapper=wrapper)
-    _, err = process.communicate(timeout=120)
+    _, err = process.communicate(timeout=300)
     assert process.returncode == 1
     assert "cannot be written to" in err and "Read-only file system" in err
     assert "load" not in err, "it is refused before any work is done"

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from tokenopt.errors import TokenoptError, UsageError
-from tokenopt.staging import staged
+from tokenopt.staging import LastingFile, staged
 
 
 def tree(folder: Path) -> dict[str, str]:
@@ -78,3 +78,14 @@ def test_a_file_is_no_folder(tmp_path: Path) -> None:
     with pytest.raises(TokenoptError, match="cannot be written"), staged(tmp_path / "out" / "deeper"):
         pass
     assert tree(tmp_path) == {"out": "mine"}
+
+
+def test_a_lasting_file_fails_when_it_is_closed(tmp_path: Path) -> None:
+    with LastingFile(tmp_path / "a") as file:
+        assert file.write(b"ab") == 2 and file.seekable() and file.writable()
+    assert (tmp_path / "a").read_bytes() == b"ab"
+    if not Path("/dev/full").exists():
+        return
+    with pytest.raises(OSError, match="No space left"), LastingFile("/dev/full") as file:
+        assert file.write(b"ab") == 2
+        assert file.write(b"cd") == 2

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import io
 import os
 import shutil
 import signal
@@ -12,6 +13,7 @@ import threading
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from tokenopt.errors import TokenoptError, UsageError
 
@@ -84,6 +86,32 @@ def staged(out: str | os.PathLike[str]) -> Iterator[Staging]:
     finally:
         shutil.rmtree(root, ignore_errors=True)
         _remove_empty(created)
+
+
+class LastingFile(io.FileIO):
+    """A new file for writers in C++, which abort the process when a write fails: it never does.
+
+    The first error is kept, and raised when the file is closed; Ctrl-C waits until then, too.
+    """
+
+    def __init__(self, path: str | os.PathLike[str]) -> None:
+        super().__init__(path, "w")
+        self._error: BaseException | None = None
+
+    def write(self, data: Any) -> int:
+        try:
+            rest = memoryview(data) if self._error is None else b""
+            while rest:
+                rest = rest[super().write(rest) :]
+        except BaseException as error:
+            self._error = error
+        return len(data)
+
+    def close(self) -> None:
+        super().close()
+        error, self._error = self._error, None
+        if error is not None:
+            raise error
 
 
 def _remove_empty(folders: Iterable[Path]) -> None:

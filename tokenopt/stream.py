@@ -216,7 +216,7 @@ class StreamRewriter:
         dims = self.axes.dims(operand)
         at = [i for i, d in enumerate(dims) if contains(d, self.segment)]
         if step.size is not None and dims == self.axes.dims(step.stream):
-            before = step.parent.size if step.parent is not None else None
+            before = self._sizes(step.parent, step.terms) if step.parent is not None else None
             rows, back = self._rows(node, dims)
             merged = self.editor.insert(last_of(rows, step.index, step.dst), ops.merge_tokens.default, rows, before,
                                         step.index, step.src, step.dst, True)  # fmt: skip
@@ -477,7 +477,7 @@ class StreamRewriter:
             reduced = editor.insert(last_of(index, rows), ops.gather_tokens.default, rows, index, 1, 0, 0, total)
         else:
             weighted = plan.fuse == "weighted"
-            weight = plan.weight if not weighted else parent.size if parent is not None else None
+            weight = plan.weight if not weighted else self._sizes(parent, terms) if parent is not None else None
             after = last_of(rows, index, src, dst, *([weight] if weight is not None else []))
             merged = editor.insert(after, ops.merge_tokens.default, rows, weight, index, src, dst, weighted)
             reduced = editor.item(merged, 0)

@@ -387,7 +387,7 @@ def _join(parts: Sequence[Terms]) -> Terms:
 
 def tensor_operands(node: fx.Node) -> list[fx.Node]:
     """The operands of a node that are tensors or lists of tensors (sizes and other scalars are not)."""
-    return [n for n in node.all_input_nodes if not isinstance(n.meta.get("val"), (torch.SymInt, int, float, bool))]
+    return [n for n in node.all_input_nodes if not isinstance(n.meta.get("val"), _SCALARS)]
 
 
 def propagate(program: Program) -> AxisMap:
@@ -400,20 +400,25 @@ def propagate(program: Program) -> AxisMap:
     axes = Axes(program)
     result = axes.map
     user_inputs = set(program.user_inputs)
+    rows: dict[int, Terms] = {}
     for node in program.graph.nodes:
         value = node.meta.get("val")
         if node.op == "placeholder":
             if isinstance(value, Tensor):
+                shape = axes.shape(value)
                 if node in user_inputs:
                     result.data.add(node)
-                result._dims[node] = tuple(axes.fresh(s, node, i) for i, s in enumerate(axes.shape(value)))
+                result._dims[node] = tuple(axes.fresh(s, node, i) for i, s in enumerate(shape))
+                if node in user_inputs and shape:  # inputs share their batch dimension, which comes first
+                    rows.setdefault(shape[0], result._dims[node][0])
+                    result._dims[node] = (rows[shape[0]], *result._dims[node][1:])
             continue
         if node.op == "output":
             for operand in program.output_nodes:
                 for dim in range(len(result._dims.get(operand) or ())):
                     axes.effect(node, operand, dim, EffectKind.OUTPUT, "the model returns it")
             continue
-        if node.op != "call_function" or isinstance(value, (torch.SymInt, int, float, bool)):
+        if node.op != "call_function" or isinstance(value, _SCALARS):
             continue
         operands = tensor_operands(node)
         if not _makes_new_values(node) and any(n in result.data for n in operands):
@@ -460,4 +465,5 @@ def _batch(axes: Axes, program: Program) -> Terms:
     return ()
 
 
+_SCALARS = (torch.SymInt, torch.SymFloat, torch.SymBool, int, float, bool)
 _PRIMES = (7919, 7927, 7933, 7937, 7949, 7951, 7963, 7993, 8009, 8011, 8017, 8039)

@@ -160,9 +160,10 @@ def pointwise(axes: Axes, node: fx.Node) -> Dims | None:
 for _name in (
     "aten.to aten._to_copy aten.clone aten.contiguous aten.alias aten.detach aten.dropout aten.type_as aten.copy "
     "aten.lift_fresh_copy aten.zeros_like aten.ones_like aten.full_like aten.empty_like aten.rand_like "
-    "aten.randn_like aten.fill aten.masked_fill aten.where aten.batch_norm "
-    "aten.hardswish aten.hardsigmoid aten.hardtanh aten.softplus aten.leaky_relu aten.mish aten.prelu "
-    "aten.relu6 aten.logit aten.feature_dropout aten.native_dropout aten.lerp aten.bernoulli aten.float aten.bucketize"
+    "aten.randn_like aten.fill aten.masked_fill aten.where aten.batch_norm aten.__and__ aten.__or__ aten.__xor__ "
+    "aten.hardswish aten.hardsigmoid aten.hardtanh aten.softplus aten.leaky_relu aten.mish aten.prelu aten.relu6 "
+    "aten.logit aten.feature_dropout aten.native_dropout aten.lerp aten.bernoulli aten.float aten.bucketize "
+    "aten.max.other aten.min.other"
 ).split():
     axis_rule(_name)(pointwise)
 
@@ -612,7 +613,7 @@ axis_rule("aten.mean aten.amax aten.amin aten.max.dim aten.min.dim aten.any aten
 )
 axis_rule(
     "aten.sum aten.var aten.std aten.argmax aten.argmin aten.linalg_vector_norm aten.norm aten.logsumexp aten.prod "
-    "aten.var_mean aten.count_nonzero aten.max aten.min aten.median"
+    "aten.var_mean aten.count_nonzero aten.max.default aten.min.default aten.median"
 )(_reduce(EffectKind.LAYOUT, "a statistic of all its positions is taken"))
 
 

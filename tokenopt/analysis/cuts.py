@@ -10,6 +10,7 @@ from collections import Counter
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 
+import networkx as nx
 import torch
 from torch import Tensor, fx
 
@@ -196,12 +197,12 @@ class StreamCut:
 
 def find_cuts(axes: AxisMap, sites: list[AttentionSite]) -> tuple[list[StreamCut], list[Refusal]]:
     """The cut behind each self-attention site, in order, and why the other sites have none."""
-    ancestors = _ancestors(axes)
+    flow = _data_flow(axes)
     candidates = [s for s in sites if s.kind in ("self", "joint")]
     cuts: list[StreamCut] = []
     refusals: list[Refusal] = []
     for layer, site in enumerate(candidates):
-        found = _cut_of(axes, site, ancestors)
+        found = _cut_of(axes, site, flow)
         if isinstance(found, Refusal):
             refusals.append(found)
         else:
@@ -224,7 +225,7 @@ def find_cuts(axes: AxisMap, sites: list[AttentionSite]) -> tuple[list[StreamCut
 _OTHERS = "reduce the self-attention sites of its streams"
 
 
-def _cut_of(axes: AxisMap, site: AttentionSite, ancestors: Ancestors) -> fx.Node | Refusal:
+def _cut_of(axes: AxisMap, site: AttentionSite, flow: nx.DiGraph) -> fx.Node | Refusal:
     """The residual sum behind a site: the first sum of something that the site made and something it was made from."""
     if site.refusal is not None:
         return site.refusal
@@ -240,6 +241,7 @@ def _cut_of(axes: AxisMap, site: AttentionSite, ancestors: Ancestors) -> fx.Node
             "use a local attention pattern here, or reduce the sites that attend to all tokens",
         )
     query = site.node.args[0]
+    above = nx.ancestors(flow, query) | {query}
     below = {site.node}
     for node in _behind(site.node):
         operands = tensor_operands(node)
@@ -248,7 +250,7 @@ def _cut_of(axes: AxisMap, site: AttentionSite, ancestors: Ancestors) -> fx.Node
         below.add(node)
         if node.target is not aten.add.Tensor or len(operands) != 2:
             continue
-        if sum(ancestors.has(query, n) for n in operands) != 1:
+        if sum(n in above for n in operands) != 1:
             continue
         if not any(contains(d, segment.terms) for d in axes.dims(node)):
             if any(tears(d, segment.terms) for d in axes.dims(node)):
@@ -262,18 +264,18 @@ def _cut_of(axes: AxisMap, site: AttentionSite, ancestors: Ancestors) -> fx.Node
         problem = _stream_problem(axes, node, segment, site)
         if problem is not None:
             return problem
-        return _last_of_sum(axes, node, query, ancestors)
+        return _last_of_sum(axes, node, above)
     return Refusal(site.id, "no residual sum follows it that carries its tokens", "its tokens go their own way here")
 
 
-def _last_of_sum(axes: AxisMap, node: fx.Node, query: fx.Node, ancestors: Ancestors) -> fx.Node:
+def _last_of_sum(axes: AxisMap, node: fx.Node, above: set[fx.Node]) -> fx.Node:
     """Behind parallel branches: the last of the sums that join them."""
     while len(node.users) == 1:
         user = next(iter(node.users))
         if user.target is not aten.add.Tensor or len(tensor_operands(user)) != 2:
             return node
         other = next(n for n in tensor_operands(user) if n is not node)
-        if other not in axes.data or ancestors.has(query, other) or axes.dims(other) != axes.dims(node):
+        if other not in axes.data or other in above or axes.dims(other) != axes.dims(node):
             return node
         node = user
     return node
@@ -294,27 +296,13 @@ def _stream_problem(axes: AxisMap, node: fx.Node, segment: Segment, site: Attent
     return None
 
 
-@dataclass
-class Ancestors:
-    """Which values each value is computed from, as bit sets over the graph's order."""
-
-    bit: dict[fx.Node, int]
-    above: dict[fx.Node, int]
-
-    def has(self, node: fx.Node, other: fx.Node) -> bool:
-        """Whether ``node`` is computed from ``other`` (or is it)."""
-        return bool(self.above[node] & self.bit[other])
-
-
-def _ancestors(axes: AxisMap) -> Ancestors:
-    bit: dict[fx.Node, int] = {}
-    above: dict[fx.Node, int] = {}
-    for i, node in enumerate(axes.program.graph.nodes):
-        bit[node] = 1 << i
-        above[node] = bit[node]
-        for operand in node.all_input_nodes:
-            above[node] |= above[operand]
-    return Ancestors(bit, above)
+def _data_flow(axes: AxisMap) -> nx.DiGraph:
+    """The graph of which value is computed from which."""
+    flow = nx.DiGraph()
+    for node in axes.program.graph.nodes:
+        flow.add_node(node)
+        flow.add_edges_from((operand, node) for operand in node.all_input_nodes)
+    return flow
 
 
 def _behind(node: fx.Node) -> Iterable[fx.Node]:

@@ -11,6 +11,7 @@ from tokenopt.analysis.attention import SOFTMAX, match_attention, unmatched_prod
 from tokenopt.analysis.axes import AxisMap, Cat, Factor, Terms, factors, length
 from tokenopt.errors import Refusal
 from tokenopt.graph import module_path
+from tokenopt.program import Program
 
 
 @dataclass(frozen=True)
@@ -54,6 +55,7 @@ class AttentionSite:
     Attributes:
         id: the module path, unique in the program.
         kind: self, cross, joint (several data segments), channel, or linear.
+        causal: whether no query sees what comes after it.
         refusal: why it is not in canonical form, if it is not.
     """
 
@@ -66,6 +68,7 @@ class AttentionSite:
     heads: int
     head_dim: int
     refusal: Refusal | None = None
+    causal: bool = False
 
     @property
     def raised(self) -> bool:
@@ -109,7 +112,7 @@ def find_sites(axes: AxisMap) -> tuple[list[AttentionSite], list[TokenAxis]]:
                 kind = "joint"
             heads = shape[1] if len(shape) >= 4 and isinstance(shape[1], int) else 1
             sites.append(AttentionSite(unique(node), node, kind, token_axis, length(axis), length(other), heads,
-                                       int(shape[-1])))  # fmt: skip
+                                       int(shape[-1]), causal=_is_causal(program, node)))  # fmt: skip
         elif node.target in SOFTMAX and node in axes.data:
             match = match_attention(axes, node)
             if match is None:
@@ -123,6 +126,31 @@ def find_sites(axes: AxisMap) -> tuple[list[AttentionSite], list[TokenAxis]]:
             refusal = Refusal(module_path(node) or node.name, why, "it stays as it is")
             sites.append(_unraised(unique(node), node, kind, refusal, node.meta["val"]))
     return sites, list(token_axes.values())
+
+
+def _is_causal(program: Program, node: fx.Node) -> bool:
+    """Whether an attention is told so, or a constant in its mask hides all that lies above the diagonal."""
+    if node.kwargs.get("is_causal"):
+        return True
+    bias = node.args[3] if len(node.args) > 3 else None
+    stack = [bias] if bias is not None else []
+    for _ in range(24):
+        if not stack:
+            return False
+        current = stack.pop()
+        value = program.constant(current)
+        if value is not None and _hides_above_diagonal(value):
+            return True
+        stack.extend(n for n in current.all_input_nodes if isinstance(n.meta.get("val"), Tensor))
+    return False
+
+
+def _hides_above_diagonal(value: Tensor) -> bool:
+    if value.dim() < 2 or value.shape[-1] != value.shape[-2] or value.shape[-1] < 2:
+        return False
+    hidden = ~value if value.dtype is torch.bool else value < -1e4
+    above = torch.ones(value.shape[-2:], dtype=torch.bool).triu(1)
+    return bool(hidden[..., above].all()) and not bool(hidden[..., ~above].all())
 
 
 def _unraised(name: str, node: fx.Node, kind: str, refusal: Refusal, logits: Tensor) -> AttentionSite:

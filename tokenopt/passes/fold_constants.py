@@ -108,8 +108,11 @@ class _Evaluator:
         args = fx.map_arg((node.args, node.kwargs), lambda n: self._operand(n, batch))
         if any(v is _MISSING for v in torch.utils._pytree.tree_leaves(args)):
             return None
-        with torch.no_grad():
-            return node.target(*args[0], **args[1])
+        try:
+            with torch.no_grad():
+                return node.target(*args[0], **args[1])
+        except (RuntimeError, IndexError):  # a subgraph that fixes one batch size has no value at another
+            return None
 
     def _operand(self, node: fx.Node, batch: int) -> Any:
         value = self(node, batch)

@@ -114,6 +114,10 @@ class _Planner:
 
     def __call__(self, stream: Stream) -> Plan | None:
         recipe, have = self.recipe, stream.count
+        if stream.cut.site.causal and recipe.fuse != "drop":
+            why = "causal attention: a merged token would carry what comes after it"
+            self.refusals.append(Refusal(stream.cut.site.id, why, "use a recipe that drops tokens"))
+            return None
         kept = self.schedule.kept(stream.cut.layer, len(self.sites), have)
         if recipe.select == "bipartite":
             kept = max(kept, have - have // 2)

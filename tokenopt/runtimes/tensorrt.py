@@ -57,7 +57,7 @@ class TensorRTEngine(Engine):
     """A serialised engine. Its interface is known everywhere; to run it takes a GPU."""
 
     description: Description = field(kw_only=True)
-    _context: Any = field(default=None, init=False, repr=False)
+    _opened: tuple[Any, ...] = field(default=(), init=False, repr=False)
 
     @property
     def device(self) -> str:
@@ -72,9 +72,8 @@ class TensorRTEngine(Engine):
         return None
 
     def _run(self, inputs: Sequence[Tensor]) -> list[Tensor]:
-        if self._context is None:
-            self._context, self._stream = self._open(), torch.cuda.Stream()
-        context, stream = self._context, self._stream
+        self._opened = self._opened or self._open()
+        *_, context, stream = self._opened
         stream.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(stream):
             # Held until the stream is done: TensorRT knows addresses only.
@@ -93,8 +92,8 @@ class TensorRTEngine(Engine):
         stream.synchronize()
         return outputs
 
-    def _open(self) -> Any:
-        """An execution context, after checking that the engine is what it says."""
+    def _open(self) -> tuple[Any, ...]:
+        """Runtime and engine, which a context needs alive, the context and a stream; if the engine is what it says."""
         trt = importlib.import_module(self.description.module)
         runtime = trt.Runtime(trt.Logger(trt.Logger.ERROR))
         engine = runtime.deserialize_cuda_engine(Path(self.path).read_bytes())
@@ -118,8 +117,7 @@ class TensorRTEngine(Engine):
             there = [order[spec.name] for spec in said if spec.name in order]
             if len(order) != len(said) or not same_specs(said, there):
                 raise LoweringError("the engine is not what it says it is", where=str(self.path), why=f"it has {names}")
-        self._runtime, self._engine = runtime, engine  # a context needs both alive
-        return engine.create_execution_context()
+        return runtime, engine, engine.create_execution_context(), torch.cuda.Stream()
 
 
 class TensorRT:

@@ -58,9 +58,10 @@ def build(request: dict[str, Any]) -> None:
         config.num_compute_capabilities = 1
         config.set_compute_capability(_capability(trt, request["compute_capability"]), 0)
     profile = _add_profile(builder, config, network, request["batch"])
-    network.name = request["marker"] + _describe(trt, network, profile, request) + ";"
-    if len(network.name) > NAME_LIMIT:
+    name = request["marker"] + _describe(trt, network, profile, request) + ";"
+    if len(name) > NAME_LIMIT:
         raise Failure(f"its {network.num_inputs + network.num_outputs} inputs and outputs do not fit in its name")
+    network.name = name
     engine = builder.build_serialized_network(network, config)
     if engine is None:
         raise Failure("the builder found no implementation")
