@@ -20,6 +20,7 @@ from torch.export import Dim, ExportedProgram
 from torch.export.graph_signature import InputKind
 
 from tokenopt.errors import AxisConflict, CaptureError
+from tokenopt.staging import LastingFile
 
 METADATA_FILE = "tokenopt.json"
 METADATA_VERSION = 1
@@ -233,8 +234,8 @@ class Program:
         """Writes one ``.pt2`` file (an ExportedProgram plus our metadata); an existing file is replaced at the end."""
         path = Path(path)
         metadata = {"version": METADATA_VERSION, "provenance": [asdict(e) for e in self.provenance]}
-        with atomic_path(path) as partial, _quiet():
-            torch.export.save(self.exported, str(partial), extra_files={METADATA_FILE: json.dumps(metadata)})
+        with atomic_path(path) as partial, LastingFile(partial) as file, _quiet():
+            torch.export.save(self.exported, file, extra_files={METADATA_FILE: json.dumps(metadata)})
         return path
 
 
@@ -324,6 +325,7 @@ def _rebuild(exported: ExportedProgram) -> ExportedProgram:
     graph.output(outputs).meta.update(old_output.meta)
     for old, new in mapping.items():
         new.meta = dict(old.meta)
+        new.name = old.name  # fx renames a placeholder called "input"; the signature does not
     graph.set_codegen(graph_module.graph._codegen)
     module = fx.GraphModule(graph_module, graph)
     module.meta = dict(graph_module.meta)

@@ -144,6 +144,10 @@ def decide(axes: AxisMap, node: fx.Node, segment: Terms, reduced: Iterable[fx.No
                 decision.barrier = Effect(node, operand, 0, EffectKind.LAYOUT, why)
                 return decision
             decision.reduced |= contains(terms, segment)
+        if any(contains(t, segment) for t in dims) and not _by_sample(axes, dims, segment):
+            why = "its samples are taken apart or joined along its tokens"
+            decision.barrier = Effect(node, next(iter(reduced)), 0, EffectKind.LAYOUT, why)
+            return decision
     for operand in tensor_operands(node):
         dims = axes.dims(operand)
         if operand not in reduced and dims is not None and any(contains(d, segment) for d in dims):
@@ -154,6 +158,18 @@ def decide(axes: AxisMap, node: fx.Node, segment: Terms, reduced: Iterable[fx.No
             decision.align.append(operand)
     decision.literals = [x for x in axes.literals(node) if any(contains(t, segment) for t in x.lists)]
     return decision
+
+
+def _by_sample(axes: AxisMap, dims: tuple[Terms, ...], segment: Terms) -> bool:
+    """Whether a value still has its batch, and each dimension the segment at most once."""
+    count = len(axes.batch)
+    has_batch = not count or any(d[:count] == axes.batch for d in dims)
+    return has_batch and all(_occurrences(d, segment) < 2 for d in dims)
+
+
+def _occurrences(terms: Terms, segment: Terms) -> int:
+    here = sum(terms[i : i + len(segment)] == segment for i in range(len(terms) - len(segment) + 1))
+    return here + sum(_occurrences(part, segment) for t in terms if isinstance(t, Cat) for part in t.parts)
 
 
 _MASKING = {aten.mul.Tensor, aten.where.self, aten.masked_fill.Scalar, aten.masked_fill.Tensor}
