@@ -174,7 +174,7 @@ def test_mean_counts_originals(keepdim: bool) -> None:
 
 
 def test_every_operation_has_an_axis_rule_and_no_scatter_with_reduction() -> None:
-    """TensorRT has no scatter with a reduction and no data-dependent shapes; ONNX's mean reduction is silently wrong."""
+    """TensorRT has neither scatter with a reduction nor data-dependent shapes; ONNX's mean is silently wrong."""
     import inspect
 
     from tokenopt.analysis.axis_rules import rule_for
@@ -184,3 +184,13 @@ def test_every_operation_has_an_axis_rule_and_no_scatter_with_reduction() -> Non
         source = inspect.getsource(reference)
         for forbidden in ("scatter_reduce", "scatter_add", "index_add", "nonzero", "masked_select"):
             assert forbidden not in source, (target, forbidden)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_sizes_stay_exact_in_half_precision(dtype: torch.dtype) -> None:
+    x = torch.ones(1, 4, 2, dtype=dtype)
+    size = torch.tensor([[301.0, 1.0, 1.0, 1.0]])
+    index, src, dst = torch.tensor([[0, 1]]), torch.tensor([[2, 3]]), torch.tensor([[0, 0]])
+    y, total = merge_tokens(x, size, index, src, dst, True)
+    assert y.dtype is dtype
+    assert total.tolist() == [[303.0, 1.0]]

@@ -117,8 +117,14 @@ def test_the_given_program_is_never_changed(program: Program) -> None:
     assert str(program) == before
 
 
-@pytest.mark.parametrize("text", ["fold-constants", "reduce-tokens{recipe=evit,schedule=keep=0.5@1}",
-                                  "fold-constants,raise-attention,reduce-tokens{short-outputs=True},remove-dead"])  # fmt: skip
+@pytest.mark.parametrize(
+    "text",
+    [
+        "fold-constants",
+        "reduce-tokens{recipe=evit,schedule=keep=0.5@1}",
+        "fold-constants,raise-attention,reduce-tokens{short-outputs=True},remove-dead",
+    ],
+)
 def test_text_and_passes_are_the_same(text: str) -> None:
     assert ",".join(p.spec for p in parse_passes(text)) == text
 

@@ -74,11 +74,15 @@ def merge_tokens(
 ) -> tuple[Tensor, Tensor]:
     """Sums weighted tokens into their places; with ``normalize``, divides by the summed weight.
 
-    Shapes:  x [B, N, C] · weight [B, N] > 0 (None is ones) · a plan  ->  y [B, M, C] · total [B, M], summed weights
+    Shapes:  x [B, N, C] · weight [B, N] > 0 (None is ones) · a plan  ->  y [B, M, C] · total [B, M], summed weights,
+             float32 for half-precision x
     Equals:  (x, weight) where the plan removes nothing.
     Source:  Bolya et al., arXiv:2210.09461, sec. 3 (weights are sizes); Liang et al., EViT, arXiv:2202.07800, eq. 4
              (weights are attention, not normalised).
     """
+    dtype = x.dtype
+    if dtype in (torch.float16, torch.bfloat16):
+        x = x.float()  # sizes beyond 256 are not exact in bfloat16
     if weight is None:
         weight = x.new_ones(1, x.shape[1]).expand(x.shape[0], -1)
     else:
@@ -89,7 +93,7 @@ def merge_tokens(
     onehot = (dst[:, None, :] == places).to(x.dtype)
     summed = _rows(joined, index) + onehot @ _rows(joined, src)
     y, total = summed[..., :-1], summed[..., -1]
-    return (y / total[..., None] if normalize else y), total
+    return (y / total[..., None] if normalize else y).to(dtype), total
 
 
 @op("(Tensor x, Tensor index, int dim, int batch_dim, int start, int count) -> Tensor")

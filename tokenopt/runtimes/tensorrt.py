@@ -69,6 +69,9 @@ class TensorRTEngine(Engine):
             return f"it was built by {module}, which is not installed"
         if not torch.cuda.is_available():
             return f"an engine of {module} runs on an NVIDIA GPU, and there is none"
+        here, wanted = ".".join(map(str, torch.cuda.get_device_capability())), self.description.compute_capability
+        if wanted not in (None, here):
+            return f"it was built for compute capability {wanted}, and the GPU here has {here}"
         return None
 
     def _run(self, inputs: Sequence[Tensor]) -> list[Tensor]:
