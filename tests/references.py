@@ -11,7 +11,8 @@ Conventions, where the papers leave a choice:
   A merge of 0 tokens changes nothing.
 * Ties go to the lowest position. Matching is in float32, on the mean over heads of the keys as attention sees them
   (after a key norm and RoPE).
-* Position terms of a merged token (RoPE row, bias row and column, mask entry) are those of its destination.
+* Position terms of a merged token (RoPE row, bias row and column, mask entry) are those of its destination; those of
+  EViT's extra token are those of the best token it is made from.
 * The tokens a model returns, or pools under a mask, are first restored: every original token gets the value of the
   token that holds it.
 """
@@ -37,7 +38,7 @@ class Tokens:
     """A stream of tokens and what each one stands for.
 
     Shapes: x [B, N, C]; size [B, N], how many original tokens each is the mean of; position int64 [B, N], the original
-    position each one represents (-1: none); home int64 [B, N0], the token that holds each original one (-1: dropped).
+    position each one represents; home int64 [B, N0], the token that holds each original one (-1: dropped).
     """
 
     x: Tensor
@@ -151,7 +152,7 @@ def drop_inattentive(tokens: Tokens, score: Tensor, keep: float, fuse: bool) -> 
     tail = torch.arange(n - tokens.suffix, n, device=score.device).expand(batch, -1)
 
     extra = (take(score, rest)[..., None] * take(tokens.x, rest)).sum(dim=1, keepdim=True)
-    stands = [rest[:, :1]] if fuse else []  # the packed token takes the position of the best it is made from
+    stands = [rest[:, :1]] if fuse else []  # whose position the extra token takes
     order = torch.cat([head, best, *stands, tail], dim=1)
     new = torch.full((batch, n), tokens.prefix + kept if fuse else -1, device=score.device)
     for row in range(batch):
@@ -618,7 +619,7 @@ def fastervlm_clip(model: nn.Module, pixel_values: Tensor, keep: float, layer: i
 
 
 def tiny_timm(name: str = "vit_tiny_patch16_224", scale: float = 0.1, **options: Any) -> nn.Module:
-    """A timm model of 3 blocks, 48 wide, on 32 x 32 images of 8 x 8 patches (8 x 8 = 64 tokens with patch size 4)."""
+    """A timm model of 3 blocks, 48 wide, on 32 x 32 images: 64 patches."""
     import timm
 
     small = {"img_size": 32, "patch_size": 4, "embed_dim": 48, "depth": 3, "num_heads": 3, "num_classes": 10}

@@ -262,7 +262,9 @@ def test_drop_inattentive_equals_loops() -> None:
                 if fuse and dropped:
                     extra = sum(score[row, i] * old[i]["x"] for i in dropped)
                     members = [m for i in dropped for m in old[i]["members"]]
-                    expected[row].insert(prefix + count, {"x": extra, "members": members, "position": -1})
+                    best = max(dropped, key=lambda i, row=row: score[row, i])
+                    extra_token = {"x": extra, "members": members, "position": old[best]["position"]}
+                    expected[row].insert(prefix + count, extra_token)
         for row in range(3):
             homes = [-1] * 12
             for i, token in enumerate(expected[row]):

@@ -10,8 +10,9 @@ import torch
 from torch import fx
 
 import tokenopt.ops  # noqa: F401  (registers the operations)
-from tokenopt.analysis.axes import AxisMap, Cat, Terms, length, tensor_operands
+from tokenopt.analysis.axes import AxisMap, tensor_operands
 from tokenopt.analysis.cuts import StreamCut, contains, decide, offset_in, reduced_length
+from tokenopt.analysis.terms import Cat, Terms, length
 from tokenopt.graph import GraphEditor, add_output, shape_of
 from tokenopt.program import Edit
 

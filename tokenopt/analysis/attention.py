@@ -14,7 +14,8 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 
-from tokenopt.analysis.axes import AxisMap, Terms, factors, is_channel, length, tensor_operands
+from tokenopt.analysis.axes import AxisMap, tensor_operands
+from tokenopt.analysis.terms import Terms, factors, is_channel, length
 from tokenopt.errors import Refusal
 from tokenopt.graph import module_path
 

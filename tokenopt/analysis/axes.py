@@ -10,54 +10,16 @@ axes, whatever the layout.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from enum import Enum
-from math import prod
 from typing import Any
 
 import torch
 from torch import Tensor, fx
 
+from tokenopt.analysis.terms import Cat, Dims, Factor, Term, Terms, bind, factors, join, length, part_of, resolve
 from tokenopt.program import Program
-
-
-class Factor:
-    """An atom of a dimension.
-
-    ``channel`` marks features (contracted with weights), ``data`` positions of something computed from the inputs (the
-    patches, unlike the registers); ``origin`` is where it arose.
-    """
-
-    __slots__ = ("bound", "channel", "data", "dim", "origin", "size")
-
-    def __init__(self, size: int, origin: fx.Node, dim: int, channel: bool = False, data: bool = False) -> None:
-        self.size, self.origin, self.dim, self.channel, self.data = size, origin, dim, channel, data
-        self.bound: tuple[Term, ...] | None = None
-
-    def __repr__(self) -> str:
-        return f"{self.origin.name}.{self.dim}:{self.size}"
-
-
-@dataclass(frozen=True)
-class Cat:
-    """A concatenation: one list of terms per part."""
-
-    parts: tuple[tuple[Term, ...], ...]
-
-    @property
-    def size(self) -> int:
-        return sum(length(p) for p in self.parts)
-
-
-Term = Factor | Cat
-Terms = tuple[Term, ...]
-Dims = tuple[Terms, ...]
-
-
-def length(terms: Terms) -> int:
-    """The size of a dimension with these terms."""
-    return prod(t.size for t in terms)
 
 
 class EffectKind(Enum):
@@ -140,48 +102,6 @@ class AxisMap:
     def literals(self, node: fx.Node) -> list[Literal]:
         """The integers in an operation's arguments that measure an axis."""
         return [Literal(x.path, tuple(resolve(t) for t in x.lists), x.sign) for x in self._literals.get(node, [])]
-
-
-def resolve(terms: Iterable[Term]) -> Terms:
-    """Replaces bound factors by what they are bound to, recursively."""
-    out: list[Term] = []
-    for term in terms:
-        if isinstance(term, Factor):
-            if term.bound is None:
-                out.append(term)
-            else:
-                term.bound = resolve(term.bound)
-                out.extend(term.bound)
-        else:
-            out.append(concatenate([resolve(p) for p in term.parts]))
-    return tuple(out)
-
-
-def concatenate(parts: Sequence[Terms]) -> Cat:
-    """A Cat of the parts, nested concatenations flattened."""
-    flat: list[Terms] = []
-    for part in parts:
-        if len(part) == 1 and isinstance(part[0], Cat):
-            flat.extend(part[0].parts)
-        else:
-            flat.append(tuple(part))
-    return Cat(tuple(flat))
-
-
-def factors(terms: Iterable[Term]) -> Iterator[Factor]:
-    """All atoms of a list, also inside concatenations."""
-    for term in terms:
-        if isinstance(term, Factor):
-            yield term
-        else:
-            for part in term.parts:
-                yield from factors(part)
-
-
-def is_channel(terms: Terms) -> bool:
-    """Whether a dimension is made of features only."""
-    atoms = list(factors(resolve(terms)))
-    return bool(atoms) and all(a.channel for a in atoms)
 
 
 class Axes:
@@ -292,12 +212,12 @@ class Axes:
         for i, part in enumerate(term.parts):
             size = length(part)
             if offset == at:
-                return _join(before), _join(term.parts[i:])
+                return join(before), join(term.parts[i:])
             if offset + size > at:
                 cut = self.split(part, at - offset)
                 if cut is None:
                     return None
-                return _join([*before, cut[0]]), _join([cut[1], *term.parts[i + 1 :]])
+                return join([*before, cut[0]]), join([cut[1], *term.parts[i + 1 :]])
             before.append(part)
             offset += size
         return None
@@ -365,24 +285,6 @@ class Axes:
             self.effect(node, operand, dim, EffectKind.LAYOUT, "a reshape cuts across this axis")
         middle = [self.fresh(shape[i], node, i) for i in range(head, len(shape) - tail)]
         return (*dims[:head], *middle, *(dims[len(dims) - tail :] if tail else ()))
-
-
-def part_of(factor: Factor, size: int) -> Factor:
-    """A piece of a factor that is being split."""
-    return Factor(size, factor.origin, factor.dim, factor.channel, factor.data)
-
-
-def bind(factor: Factor, terms: Terms) -> None:
-    """Says that a factor is this list of terms, which inherit what it is known to be."""
-    factor.bound = terms
-    data = factor.data and not any(isinstance(t, Cat) for t in terms)  # the parts of a sequence differ in that
-    for inner in factors(terms):
-        inner.channel |= factor.channel
-        inner.data |= data
-
-
-def _join(parts: Sequence[Terms]) -> Terms:
-    return tuple(parts[0]) if len(parts) == 1 else (concatenate(parts),)
 
 
 def tensor_operands(node: fx.Node) -> list[fx.Node]:

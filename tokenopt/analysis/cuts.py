@@ -14,19 +14,9 @@ import networkx as nx
 import torch
 from torch import Tensor, fx
 
-from tokenopt.analysis.axes import (
-    BARRIERS,
-    AxisMap,
-    Cat,
-    Effect,
-    EffectKind,
-    Literal,
-    Terms,
-    factors,
-    length,
-    tensor_operands,
-)
+from tokenopt.analysis.axes import BARRIERS, AxisMap, Effect, EffectKind, Literal, tensor_operands
 from tokenopt.analysis.sites import AttentionSite, Segment, TokenAxis
+from tokenopt.analysis.terms import Cat, Terms, factors, length
 from tokenopt.cost import node_flops
 from tokenopt.errors import Refusal
 from tokenopt.graph import module_path

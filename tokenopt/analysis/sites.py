@@ -8,7 +8,8 @@ import torch
 from torch import Tensor, fx
 
 from tokenopt.analysis.attention import SOFTMAX, match_attention, unmatched_products
-from tokenopt.analysis.axes import AxisMap, Cat, Factor, Terms, factors, length
+from tokenopt.analysis.axes import AxisMap
+from tokenopt.analysis.terms import Cat, Factor, Terms, factors, length
 from tokenopt.errors import Refusal
 from tokenopt.graph import module_path
 from tokenopt.program import Program

@@ -10,7 +10,8 @@ from torch import Tensor, fx
 
 import tokenopt.ops  # noqa: F401  (registers tokenopt::attention)
 from tokenopt.analysis.attention import SOFTMAX, Addend, AttentionMatch, match_attention
-from tokenopt.analysis.axes import AxisMap, length, propagate
+from tokenopt.analysis.axes import AxisMap, propagate
+from tokenopt.analysis.terms import length
 from tokenopt.errors import Refusal
 from tokenopt.graph import GraphEditor, module_path
 from tokenopt.pipeline import Pass, PassResult

@@ -10,9 +10,10 @@ import torch
 from torch import fx
 
 from tokenopt import recipes
-from tokenopt.analysis.axes import Terms, propagate
+from tokenopt.analysis.axes import propagate
 from tokenopt.analysis.cuts import StreamCut, contains, find_cuts, offset_in
 from tokenopt.analysis.sites import AttentionSite, find_sites
+from tokenopt.analysis.terms import Terms
 from tokenopt.errors import IllegalReduction, Refusal
 from tokenopt.graph import GraphEditor
 from tokenopt.pipeline import Pass, PassResult
