@@ -156,7 +156,7 @@ def add_output(program: Program, node: fx.Node, name: str) -> None:
     )
     root = exported.module_call_graph[0].signature
     root.outputs.append(TensorArgument(name=node.name))
-    root.out_spec = pytree.TreeSpec(tuple, None, [root.out_spec, pytree.LeafSpec()])
+    root.out_spec = pytree.TreeSpec(tuple, None, [root.out_spec, pytree.tree_structure(0)])
 
 
 def remove_dead(program: Program) -> int:

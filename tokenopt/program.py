@@ -78,22 +78,26 @@ class Program:
 
     @property
     def inputs(self) -> tuple[InputSpec, ...]:
-        specs = []
-        for node in self.user_inputs:
-            value = node.meta.get("val")
-            if isinstance(value, Tensor):
-                shape = tuple(s if isinstance(s, int) else str(s) for s in value.shape)
-                specs.append(InputSpec(node.name, str(value.dtype).removeprefix("torch."), shape))
-        return tuple(specs)
+        nodes = [n for n in self.user_inputs if isinstance(n.meta.get("val"), Tensor)]
+        return tuple(self._spec(n.name, n.meta["val"]) for n in nodes)
 
     @property
     def outputs(self) -> tuple[InputSpec, ...]:
-        specs = []
-        for i, node in enumerate(self.output_nodes):
-            value = node.meta["val"]
-            shape = tuple(s if isinstance(s, int) else str(s) for s in value.shape)
-            specs.append(InputSpec(f"output_{i}", str(value.dtype).removeprefix("torch."), shape))
-        return tuple(specs)
+        return tuple(self._spec(f"output_{i}", n.meta["val"]) for i, n in enumerate(self.output_nodes))
+
+    def _spec(self, name: str, value: Tensor) -> InputSpec:
+        symbol = self.batch_symbol or "batch"
+        shape = tuple(s if isinstance(s, int) else str(s).replace(symbol, "batch") for s in value.shape)
+        return InputSpec(name, str(value.dtype).removeprefix("torch."), shape)
+
+    @property
+    def batch_symbol(self) -> str:
+        """What tracing calls the dynamic batch size in the stored shapes; empty if it is static."""
+        for node in self.user_inputs:
+            value = node.meta.get("val")
+            if isinstance(value, Tensor) and value.dim() and not isinstance(value.shape[0], int):
+                return str(value.shape[0])
+        return ""
 
     @property
     def output_nodes(self) -> list[fx.Node]:
@@ -113,8 +117,11 @@ class Program:
 
     @property
     def digest(self) -> str:
-        """A hash of graph and weights: equal programs have equal digests."""
-        h = hashlib.sha256(str(self.graph).encode())
+        """A hash of graph and weights: equal programs have equal digests, also across saving and loading."""
+        # reading a file orders the results of a call anew, and adds those that nothing reads
+        nodes = (n for n in self.graph.nodes if n.users or n.op == "output")
+        lines = sorted(f"{n.name} {n.op} {n.target} {n.args} {sorted(n.kwargs.items())}" for n in nodes)
+        h = hashlib.sha256("\n".join(lines).encode())
         for name, value in sorted({**self.exported.state_dict, **self.exported.constants}.items()):
             h.update(name.encode())
             if isinstance(value, Tensor):

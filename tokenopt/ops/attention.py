@@ -32,8 +32,7 @@ def attention(
     if key_bias is not None:
         columns = key_bias[:, None, None, :]
         if bias is None:
-            # expanded over queries, not heads: ONNX's Attention takes no mask of one row
-            bias = columns.expand(-1, 1, query.shape[2], -1).to(query.dtype)
+            bias = columns.to(query.dtype)
         elif bias.dtype is torch.bool:
             bias = torch.where(bias, columns.to(query.dtype), float("-inf"))
         else:

@@ -80,8 +80,7 @@ class _Evaluator:
     def __init__(self, program: Program) -> None:
         self.program = program
         self.values: dict[tuple[fx.Node, int], Any] = {}
-        dynamic = [s.shape[0] for s in program.inputs if s.shape and isinstance(s.shape[0], str)]
-        self.symbol = dynamic[0] if dynamic else None
+        self.symbol = program.batch_symbol
 
     def computes(self, node: fx.Node) -> bool:
         """Whether anything but a view happens between the weights and this value."""

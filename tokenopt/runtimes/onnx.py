@@ -142,12 +142,11 @@ def _tidy(model: Any, program: Program) -> None:
 
     from tokenopt import __version__
 
-    symbols = {spec.shape[0] for spec in program.inputs if spec.shape and isinstance(spec.shape[0], str)}
-    batch = symbols.pop() if len(symbols) == 1 else None
+    batch = program.batch_symbol
 
     def named(dim: Any) -> Any:
         text = getattr(dim, "value", dim)
-        if batch is None or not isinstance(text, str):
+        if not batch or not isinstance(text, str):
             return dim
         return ir.SymbolicDim(re.sub(rf"\b{batch}\b", "batch", text))
 
