@@ -200,3 +200,24 @@ def test_analysis_is_linear_in_the_depth() -> None:
             best = min(best, time.perf_counter() - start)
         seconds.append(best)
     assert seconds[1] < 10 * seconds[0]
+
+
+def test_numbers_read_from_constants_become_literals() -> None:
+    """Some models size tensors by ``.item()`` of a buffer; such sizes must not stay unknown."""
+
+    class Sized(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.register_buffer("count", torch.tensor(3))
+
+        def forward(self, x: Tensor) -> Tensor:
+            count = self.count.item()
+            torch._check(count >= 2)
+            torch._check(count <= 8)
+            return x[:, None].expand(-1, count, -1).mean(1) + 1
+
+    model = Sized()
+    program = Pipeline([FoldConstants()]).run(capture(model, torch.randn(2, 4))).program
+    assert not any("item" in str(n.target) or "_local_scalar_dense" in str(n.target) for n in program.graph.nodes)
+    x = torch.randn(5, 4)
+    torch.testing.assert_close(program(x), model(x))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Iterable
 from typing import Any
 
@@ -78,7 +79,7 @@ class GraphEditor:
         args, kwargs = fx.map_arg(node.args, operand), fx.map_arg(node.kwargs, operand)
         try:
             # the Python dispatcher: C++ kernels of some operations would fix the batch size
-            with self.mode, enable_python_dispatcher(), torch.no_grad():
+            with self.mode, self._no_new_symbols(), enable_python_dispatcher(), torch.no_grad():
                 node.meta["val"] = node.target(*args, **kwargs)
         except Exception as error:  # fake kernels raise anything
             raise AxisConflict(
@@ -87,6 +88,11 @@ class GraphEditor:
                 why=f"{node.target}: {str(error).splitlines()[0]}",
                 hint="please report this model: the analysis should have refused it",
             ) from error
+
+    def _no_new_symbols(self) -> contextlib.AbstractContextManager[Any]:
+        """Sizes that only the data decides are not waited for by the next trace."""
+        shapes = self.mode.shape_env
+        return shapes.ignore_fresh_unbacked_symbols() if shapes is not None else contextlib.nullcontext()
 
     def rows(self) -> fx.Node | int:
         """The batch size: a node where it is dynamic, else an integer."""

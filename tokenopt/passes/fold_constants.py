@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, fx
 
-from tokenopt.analysis.axes import propagate, tensor_operands
-from tokenopt.graph import GraphEditor, module_path
+from tokenopt.analysis.axes import AxisMap, propagate, tensor_operands
+from tokenopt.graph import GraphEditor, infer_shapes, module_path, remove_dead
 from tokenopt.pipeline import Pass, PassResult
 from tokenopt.program import Edit, Program
 
@@ -37,6 +38,9 @@ class FoldConstants(Pass):
         editor = GraphEditor(program)
         evaluator = _Evaluator(program)
         result = PassResult()
+        if _fold_scalars(program, axes, evaluator):
+            infer_shapes(program)
+            axes = propagate(program)
         for node in list(program.graph.nodes):
             value = node.meta.get("val")
             if node.op != "call_function" or node in axes.data or not isinstance(value, Tensor):
@@ -72,6 +76,28 @@ class FoldConstants(Pass):
         row = one.narrow(dynamic[0], 0, 1)
         same = all(torch.equal(row.expand_as(part), part) for part in (one, two))
         return row.clone() if same else None
+
+
+def _fold_scalars(program: Program, axes: AxisMap, evaluator: _Evaluator) -> bool:
+    """Numbers read from constants become literals; tracing leaves them as sizes that only the data would decide."""
+    found = False
+    for node in list(program.graph.nodes):
+        if node.target not in _ITEM or node.args[0] in axes.data:
+            continue
+        one, two = evaluator(node.args[0], 2), evaluator(node.args[0], 3)
+        if one is None or two is None or not torch.equal(one, two):
+            continue
+        number = one.item()
+        for user in list(node.users):
+            user.args, user.kwargs = fx.map_arg((user.args, user.kwargs), _substitute(node, number))
+        found = True
+    if found:
+        remove_dead(program)
+    return found
+
+
+def _substitute(node: fx.Node, number: Any) -> Callable[[fx.Node], Any]:
+    return lambda operand: number if operand is node else operand
 
 
 class _Evaluator:
@@ -126,6 +152,7 @@ def _shape_only(node: fx.Node) -> bool:
     return all("_like" in str(u.target) or ".new_" in str(u.target) or "sym_size" in str(u.target) for u in node.users)
 
 
+_ITEM = (aten.item.default, aten._local_scalar_dense.default)
 _MISSING = object()
 _RANDOM = {aten.rand.default, aten.randn.default, aten.rand_like.default, aten.randn_like.default,
            aten.bernoulli.default, aten.empty.memory_format, aten.randperm.default}  # fmt: skip

@@ -82,6 +82,7 @@ def _table(opset: int) -> dict[Any, Callable[..., Any]]:
     attention = _attention_node if opset >= _ATTENTION_OPSET else _attention
     return {
         **ops.references(),
+        torch.ops.tokenopt.attention.default: _proportional,
         aten.scaled_dot_product_attention.default: attention,
         aten.masked_scatter.default: _masked_scatter,
         aten.scatter_reduce.two: _scatter_reduce,
@@ -114,6 +115,25 @@ def _attention(
         return (scores + mask).softmax(-1) @ value
     weights = torch.where(mask, scores, -torch.inf).softmax(-1)
     return weights @ value if is_causal else torch.where(mask, weights, 0.0) @ value  # a row may see nothing
+
+
+def _proportional(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    bias: Tensor | None = None,
+    key_bias: Tensor | None = None,
+    *,
+    scale: float | None = None,
+    is_causal: bool = False,
+) -> Tensor:
+    """tokenopt::attention; where a boolean mask meets a key bias, a row that sees nothing stays zero."""
+    if bias is None or key_bias is None or bias.dtype is not torch.bool:
+        reference = ops.references()[torch.ops.tokenopt.attention.default]
+        return reference(query, key, value, bias, key_bias, scale=scale, is_causal=is_causal)
+    scores = query * (query.shape[-1] ** -0.5 if scale is None else scale) @ key.transpose(-2, -1)
+    scores = scores + key_bias[:, None, None, :].to(scores.dtype)
+    return torch.where(bias, torch.where(bias, scores, -torch.inf).softmax(-1), 0.0) @ value
 
 
 def _attention_node(
