@@ -3,8 +3,8 @@
     python -m benchmarks.speed [--models deit_s vit_b vit_l] [--batch 1 8] [--threads 1] [--rounds 7] [--out FILE]
 
 Both models are exported by tokenopt with the same settings (opset 20, float32), and run in interleaved rounds of one
-process. Three programs are timed: dense, reduced, and *gentle* (one token merged per layer). What gentle costs more than
-its share of the dense model's FLOPs is an upper bound for the cost of matching and merging, since real merges leave
+process. Three programs are timed: dense, reduced, and *gentle* (one token merged per layer). What gentle costs more
+than its share of the dense FLOPs is an upper bound for the cost of matching and merging, since real merges leave
 fewer tokens layer by layer. Compile times are those of this run, without tracing and export.
 """
 

@@ -83,17 +83,19 @@ def merge_tokens(
     dtype = x.dtype
     if dtype in (torch.float16, torch.bfloat16):
         x = x.float()  # sizes beyond 256 are not exact in bfloat16
+    places = torch.arange(index.shape[1], device=x.device)[None, :, None]
+    share = (dst[:, None, :] == places).to(x.dtype)  # of each removed token, in each place
     if weight is None:
-        weight = x.new_ones(1, x.shape[1]).expand(x.shape[0], -1)
+        kept = torch.ones_like(index, dtype=x.dtype)
     else:
         weight = weight.to(x.dtype)
-        x = x * weight[..., None]
-    joined = torch.cat([x, weight[..., None]], -1)
-    places = torch.arange(index.shape[1], device=x.device)[None, :, None]
-    onehot = (dst[:, None, :] == places).to(x.dtype)
-    summed = _rows(joined, index) + onehot @ _rows(joined, src)
-    y, total = summed[..., :-1], summed[..., -1]
-    return (y / total[..., None] if normalize else y).to(dtype), total
+        kept, share = weight.gather(1, index), share * weight.gather(1, src)[:, None, :]
+    total = kept + share.sum(-1)
+    if normalize:
+        kept, share = kept / total, share / total[..., None]
+    # the small factors are weighted, not the tokens
+    y = _rows(x, index) * kept[..., None] + share @ _rows(x, src)
+    return y.to(dtype), total
 
 
 @op("(Tensor x, Tensor index, int dim, int batch_dim, int start, int count) -> Tensor")
