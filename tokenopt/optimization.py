@@ -23,7 +23,7 @@ from tokenopt.passes.raise_attention import RaiseAttention
 from tokenopt.passes.reduce_tokens import ReduceTokens
 from tokenopt.passes.remove_dead import RemoveDead
 from tokenopt.pipeline import Pass, Pipeline, PipelineResult, parse_passes
-from tokenopt.program import Edit, Program, capture, flatten_tensors
+from tokenopt.program import Program, capture, flatten_tensors
 from tokenopt.report import Report
 from tokenopt.tokens.recipe import TokenRecipe
 
@@ -224,6 +224,3 @@ def _token_counts(sites: list[AttentionSite], program: Program) -> tuple[list[in
     counts = {s.id: int(n.args[0].meta["val"].shape[-2]) for s, n in zip(raised, now, strict=False)}
     before = [s.queries for s in sites]
     return before, [counts.get(s.id, s.queries) for s in sites]
-
-
-__all__ = ["Edit", "Result", "optimize"]

@@ -17,7 +17,6 @@ import torch
 import torch.utils._pytree as pytree
 from torch import Tensor, fx
 from torch.export import Dim, ExportedProgram
-from torch.export.graph_signature import InputKind
 
 from tokenopt.errors import AxisConflict, CaptureError
 from tokenopt.staging import LastingFile
@@ -346,14 +345,6 @@ def _rebuild(exported: ExportedProgram) -> ExportedProgram:
         example_inputs=exported.example_inputs,
         constants=dict(exported.constants),
         verifiers=exported.verifiers,
-    )
-
-
-def is_user_input(program: Program, node: fx.Node) -> bool:
-    """Whether a placeholder is one of the user's tensors (not a weight, buffer or constant)."""
-    return any(
-        s.kind is InputKind.USER_INPUT and getattr(s.arg, "name", None) == node.name
-        for s in program.exported.graph_signature.input_specs
     )
 
 

@@ -511,10 +511,6 @@ def _find(terms: Terms, part: Terms) -> int:
     return next(i for i in range(len(terms)) if terms[i : i + len(part)] == part)
 
 
-def _sizes_of(shape: list[Any]) -> list[Any]:
-    return [s if isinstance(s, int) else -1 for s in shape]
-
-
 def last_of(*nodes: Any) -> fx.Node:
     """The node that comes last in the graph."""
     return max(n for n in nodes if isinstance(n, fx.Node))

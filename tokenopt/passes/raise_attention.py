@@ -62,9 +62,10 @@ def _raise_fused(editor: GraphEditor, axes: AxisMap, node: fx.Node) -> None:
         if groups > 1:
             key, value = (editor.insert(node.prev, aten.repeat_interleave.self_int, t, groups, -3, like=node)
                           for t in (key, value))  # fmt: skip
-    operands = [(arguments["query"], key, value)]
     bias = _visible_bias(axes, arguments.get("attn_mask"))
-    new = _attention(editor, axes, node, *operands[0], bias, arguments.get("scale"), arguments.get("is_causal", False))
+    new = _attention(
+        editor, axes, node, query, key, value, bias, arguments.get("scale"), arguments.get("is_causal", False)
+    )
     editor.replace(node, new)
 
 
