@@ -12,7 +12,7 @@ import torch
 
 import tokenopt
 from tokenopt.pipeline import parse_passes
-from tokenopt.stream import Plan, Stream
+from tokenopt.tokens.plan import Plan, Stream
 
 
 @dataclass(frozen=True)

@@ -965,8 +965,8 @@ def vggt_partition(
 ) -> tuple[list[int], list[int]]:
     """Sources and targets among the tokens of all frames in one sequence.
 
-    Targets: frame 0, and one patch per cell of each other frame. Special tokens of the other frames and every
-    N // int(protect N)-th token of the sequence are no sources (and, unless they are targets, no targets either).
+    Targets: frame 0, the special tokens of all frames, and one patch per cell of each other frame. Every
+    N // int(protect N)-th token of the sequence is no source (and, unless it is a target, no target either).
     """
     p = special + grid[0] * grid[1]
     n = frame_count * p
@@ -976,7 +976,7 @@ def vggt_partition(
     salient = range(0, n, n // int(protect * n)) if int(protect * n) else ()
     for f in range(1, frame_count):
         here = [f * p + special + i for i in cell_targets(grid, cell, generator)]
-        targets += here
+        targets += [*range(f * p, f * p + special), *here]
         patches = range(f * p + special, (f + 1) * p)
         sources += [i for i in patches if i not in here and i not in salient]
     return sources, targets

@@ -153,7 +153,7 @@ def _output_cases() -> Iterator[Case]:
         "visionzip",
         "features",
         lambda m, x, keep: refs.visionzip(m, x, keep, sum_=True),
-        settings={"fuse.sum": True},
+        settings={"fuse.added": True},
         note="sum",
     )
     yield Case("vispruner", "features", lambda m, x, keep: refs.vispruner(m, x, keep))
@@ -169,7 +169,7 @@ def _output_cases() -> Iterator[Case]:
         "prumerge",
         "features",
         lambda m, x, keep: refs.prumerge(m, x, keep, neighbours=4),
-        settings={"fuse.neighbours": 4},
+        settings={"fuse.count": 4},
         note="neighbours4",
     )
 
@@ -209,7 +209,7 @@ def _inside_cases() -> Iterator[Case]:
                 "semantic-token",
                 kind,
                 lambda m, x, keep: refs.semantic_token(m, x, keep, 1, 2),
-                layers=(1, 2),
+                settings={"place.first": 1, "place.last": 2},
                 keeps=(keep,),
                 note=f"keep{keep}",
             )
@@ -251,7 +251,8 @@ def _stream_cases() -> Iterator[Case]:
             settings={"score.absolute": False},
             note="signed",
         )
-        yield Case("uniform-grid", kind, lambda m, x, keep: refs.uniform_grid(m, x, keep, 1), (1,))
+        yield Case("uniform-grid", kind, lambda m, x, keep: refs.uniform_grid(m, x, keep, 1), (1,),
+                   settings={"place": "mid"})  # fmt: skip
         # Confident is whose norm is small, so that there is nothing to learn: what stays has the largest.
         for layers in ((1,), (1, 3)):
             yield Case(
@@ -259,7 +260,7 @@ def _stream_cases() -> Iterator[Case]:
                 kind,
                 lambda m, x, keep, at=layers: refs.canvas(m, x, lambda h: -h.norm(dim=-1), keep, at),
                 layers,
-                settings={"score": "token_norm"},
+                settings={"score": "norm{of=hidden}"},
                 short=False,
                 keeps=(0.4, 0.3),
                 note="layers" + "".join(map(str, layers)),

@@ -37,9 +37,11 @@ class GraphEditor:
         Args:
             like: the node whose module path the new one takes; ``after`` by default.
         """
+        source = (like or after).meta
+        while after.op == "placeholder" and after.next.op == "placeholder":
+            after = after.next
         with self.graph.inserting_after(after):
             node = self.graph.call_function(target, args, kwargs)
-        source = (like or after).meta
         node.meta = {k: source[k] for k in ("nn_module_stack", "stack_trace", "torch_fn") if k in source}
         self.infer(node)
         return node
@@ -71,6 +73,33 @@ class GraphEditor:
         node.meta["val"] = self.mode.from_tensor(value.detach(), static_shapes=True)
         specs.insert(position, InputSpec(InputKind.CONSTANT_TENSOR, TensorArgument(name=node.name), target, None))
         exported.constants[target] = value.detach()
+        return node
+
+    def input(self, name: str, shape: tuple[int, ...], dtype: torch.dtype, example: Tensor | None = None) -> fx.Node:
+        """One more input of the program, by keyword: [batch, *shape]. One that has the name already is taken.
+
+        Args:
+            example: one row of it; zeros by default.
+        """
+        exported, specs = self.program.exported, self.program.exported.graph_signature.input_specs
+        for node in self.program.user_inputs:
+            if node.name == name:
+                return node
+        first = next(n for n in self.program.user_inputs if isinstance(n.meta.get("val"), Tensor))
+        size = first.meta["val"].shape[0]
+        args, kwargs = exported.example_inputs or ((), {})
+        leaf = next(v for v in pytree.tree_leaves((args, kwargs)) if isinstance(v, Tensor))
+        row = torch.zeros(shape, dtype=dtype) if example is None else example
+        with self.graph.inserting_after(self.program.user_inputs[-1]):
+            node = self.graph.placeholder(name)
+        with self.mode, self._no_new_symbols():
+            node.meta["val"] = torch.empty((size, *shape), dtype=dtype)
+        specs.append(InputSpec(InputKind.USER_INPUT, TensorArgument(name=node.name), None, None))
+        kwargs = {**kwargs, name: row[None].expand(leaf.shape[0], *shape).clone()}
+        exported._example_inputs = (args, kwargs)
+        root = exported.module_call_graph[0].signature
+        root.inputs.append(TensorArgument(name=node.name))
+        root.in_spec = pytree.tree_structure((args, kwargs))
         return node
 
     def infer(self, node: fx.Node) -> None:

@@ -15,7 +15,9 @@ from tokenopt.errors import Refusal, UsageError
 from tokenopt.graph import GraphEditor, module_path
 from tokenopt.pipeline import Pass, PassResult
 from tokenopt.program import Edit, Program
-from tokenopt.stream import Plan, Stream, StreamRewriter
+from tokenopt.stream import StreamRewriter
+from tokenopt.tokens.place import Mid
+from tokenopt.tokens.plan import Plan, Stream
 
 
 @dataclass(frozen=True)
@@ -100,7 +102,8 @@ class Rule(Pass):
             return self.rewrite(stream, **accepted[stream.cut.site.id])
 
         for group in groups.values():
-            rewriter = StreamRewriter(editor, axes, group, plan, attentions={s.node for s in sites}, spec=self.spec)
+            regions = Mid().regions(group, sites, False)
+            rewriter = StreamRewriter(editor, axes, regions, group[0].segment, plan, sites=sites, spec=self.spec)
             rewriter.run()
             result.edits += rewriter.edits
 

@@ -14,7 +14,7 @@ import yaml
 
 from tokenopt.errors import UsageError
 
-_FORMS = "r=13, r=16:-1 (r, inflection), r=16,14,12 (a list), keep=0.7@3,6,9, or a JSON or YAML file"
+_FORMS = "r=13, r=16:-1 (r, inflection), r=16,14,12 (a list), keep=0.7@3,6,9 or @0.25,0.5, or a JSON or YAML file"
 
 
 @dataclass(frozen=True)
@@ -24,7 +24,8 @@ class Schedule:
     Attributes:
         r: tokens to remove per layer: one number, an (r, inflection) pair, or a list padded with zeros.
         keep: the share of the reducible tokens that stays, in (0, 1].
-        layers: the layers (from 0) at which ``keep`` applies; None is every layer.
+        layers: the layers at which ``keep`` applies: numbers from 0, or shares of the depth below 1, written with a
+            point (0.5 is layer 6 of 12); None is every layer.
 
     Source: the pair is that of Bolya et al., arXiv:2210.09461: from r (1 - inflection) falling or rising in equal steps
     so that r is the mean; -1 removes most in the first layers, +1 in the last.
@@ -32,7 +33,7 @@ class Schedule:
 
     r: int | tuple[int, float] | list[int] | None = None
     keep: float | None = None
-    layers: tuple[int, ...] | None = None
+    layers: tuple[int | float, ...] | None = None
 
     @staticmethod
     def parse(spec: Any) -> Schedule:
@@ -61,8 +62,8 @@ class Schedule:
         if match := re.fullmatch(r"r=\[?(-?\d+(?:[,;]\s*-?\d+)*)\]?", text):
             values = [int(v) for v in re.split(r"[,;]\s*", match[1])]
             return _from_mapping({"r": values[0] if len(values) == 1 and "[" not in text else values})
-        if match := re.fullmatch(r"keep=(-?[\d.]+)(?:@(\d+(?:,\d+)*))?", text):
-            layers = [int(v) for v in match[2].split(",")] if match[2] else None
+        if match := re.fullmatch(r"keep=(-?[\d.]+)(?:@([\d.]+(?:,[\d.]+)*))?", text):
+            layers = [float(v) if "." in v else int(v) for v in match[2].split(",")] if match[2] else None
             return _from_mapping({"keep": float(match[1]), "layers": layers})
         raise UsageError(f"not a schedule: {text!r}", hint=_FORMS)
 
@@ -81,7 +82,9 @@ class Schedule:
     def kept(self, layer: int, count: int, tokens: int) -> int:
         """How many of ``tokens`` reducible tokens layer ``layer`` of ``count`` keeps."""
         if self.keep is not None:
-            if self.layers is not None and layer not in self.layers:
+            if self.layers is not None and layer not in {
+                int(x * count) if isinstance(x, float) else x for x in self.layers
+            }:
                 return tokens
             return min(tokens, ceil(round(self.keep * tokens, 6)))
         return max(0, tokens - self._removed(layer, count))
@@ -111,6 +114,10 @@ class Schedule:
         return f"r={','.join(map(str, self.r))}" if isinstance(self.r, list) else f"r={self.r}"
 
 
+def _is_layer(x: Any) -> bool:
+    return (isinstance(x, int) and not isinstance(x, bool) and x >= 0) or (isinstance(x, float) and 0.0 <= x < 1.0)
+
+
 def _from_mapping(data: Mapping[str, Any]) -> Schedule:
     text = json.dumps(dict(data), default=str)
     unknown = set(data) - {"r", "keep", "layers"}
@@ -120,8 +127,12 @@ def _from_mapping(data: Mapping[str, Any]) -> Schedule:
         keep, layers = data["keep"], data.get("layers")
         if isinstance(keep, bool) or not isinstance(keep, (int, float)) or not 0 < keep <= 1:
             raise UsageError(f"not a schedule: {text}", why="keep is a share in (0, 1]", hint=_FORMS)
-        if layers is not None and not all(isinstance(x, int) and x >= 0 for x in layers):
-            raise UsageError(f"not a schedule: {text}", why="layers are numbers from 0 on", hint=_FORMS)
+        if layers is not None and not all(_is_layer(x) for x in layers):
+            raise UsageError(
+                f"not a schedule: {text}",
+                why="layers are numbers from 0 on, or shares of the depth below 1",
+                hint=_FORMS,
+            )
         return Schedule(keep=float(keep), layers=tuple(layers) if layers is not None else None)
     r = data["r"]
     if "layers" in data:

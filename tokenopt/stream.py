@@ -10,72 +10,18 @@ import torch
 from torch import fx
 
 import tokenopt.ops  # noqa: F401  (registers the operations)
-from tokenopt.analysis.axes import AxisMap, tensor_operands
-from tokenopt.analysis.cuts import StreamCut, contains, decide, offset_in, reduced_length
-from tokenopt.analysis.terms import Cat, Terms, length
-from tokenopt.graph import GraphEditor, add_output, shape_of
+from tokenopt.analysis.axes import AxisMap, Effect, EffectKind, tensor_operands
+from tokenopt.analysis.cuts import contains, decide, offset_in, reduced_length
+from tokenopt.analysis.sites import AttentionSite, Segment
+from tokenopt.analysis.terms import Cat, Dims, Terms, length
+from tokenopt.errors import IllegalReduction
+from tokenopt.graph import GraphEditor, add_output, module_path, shape_of
 from tokenopt.program import Edit
+from tokenopt.tokens.plan import Plan, Refused, Region, Stream
+from tokenopt.tokens.restore import Copy, Restore
 
 aten = torch.ops.aten
 ops = torch.ops.tokenopt
-
-
-@dataclass(frozen=True)
-class Plan:
-    """Which tokens stay and where the others go, as nodes; positions count the whole sequence at the cut.
-
-    Attributes:
-        index: [B, M], the token each kept place stands at; src: [B, R], the tokens removed.
-        dst: [B, R], the place each removed token goes to; by default the most similar kept one.
-        fuse: "weighted" (mean by size), "pack" (sum by ``weight``) or "drop".
-        weight: [B, N], for "pack".
-    """
-
-    index: fx.Node
-    src: fx.Node
-    dst: fx.Node | None = None
-    fuse: str = "drop"
-    weight: fx.Node | None = None
-
-
-@dataclass(frozen=True)
-class Stream:
-    """The token stream at a cut, as it is there: what a plan is made from.
-
-    Attributes:
-        rows: the tokens [B, total, C].
-        start, count: where the reducible segment begins and how many tokens it has now; ``total`` is the sequence.
-    """
-
-    editor: GraphEditor
-    cut: StreamCut
-    rows: fx.Node
-    start: int
-    count: int
-    total: int
-
-    @property
-    def stop(self) -> int:
-        return self.start + self.count
-
-    def insert(self, target: Any, *args: Any, **kwargs: Any) -> fx.Node:
-        """A new operation, placed behind its operands."""
-        nodes = [n for n in torch.utils._pytree.tree_leaves((args, kwargs)) if isinstance(n, fx.Node)]
-        return self.editor.insert(last_of(*nodes, self.rows), target, *args, **kwargs)
-
-    def item(self, node: fx.Node, index: int) -> fx.Node:
-        """One result of an operation that has several."""
-        return self.editor.item(node, index)
-
-    def constant(self, name: str, value: torch.Tensor) -> fx.Node:
-        """A constant tensor."""
-        return self.editor.constant(name, value)
-
-    def topk(self, score: fx.Node, keep: int) -> Plan:
-        """Keeps the best-scored tokens ([B, total], larger is better) in their order, and drops the others."""
-        plan = self.insert(ops.select_topk.default, score, keep, self.start, self.stop, False)
-        return Plan(self.item(plan, 0), self.item(plan, 1))
-
 
 Planner = Callable[[Stream], Plan | None]
 
@@ -84,68 +30,92 @@ Planner = Callable[[Stream], Plan | None]
 class _Version:
     """One state of the stream, after a reduction.
 
-    ``index``, ``src``, ``dst`` are the plan over the parent's sequence of ``total`` tokens, whose segment starts at
-    ``start`` and had ``before`` tokens and now has ``count``; ``terms`` are the sequence's; ``stream`` is the value
-    that was reduced; ``size`` [B, M] is how many originals each token of the whole sequence stands for.
+    ``plan`` is over the parent's sequence of ``total`` tokens, whose segment starts at ``start`` and had ``before``
+    tokens and now has ``count``; ``terms`` are the sequence's; ``stream`` is the value that was reduced; ``size``
+    [B, M] is how many originals each token of the whole sequence stands for; ``rows`` [B, N, C] are the tokens before.
     """
 
     parent: _Version | None
+    plan: Plan
     terms: Terms
     start: int
     total: int
     before: int
     count: int
-    index: fx.Node
-    src: fx.Node
-    dst: fx.Node
     stream: fx.Node
+    rows: fx.Node
     size: fx.Node | None
     step: int
     cache: dict[Any, fx.Node] = field(default_factory=dict)
 
+    @property
+    def left(self) -> int:
+        """The whole sequence, after."""
+        return self.total - self.before + self.count
+
 
 class StreamRewriter:
-    """One walk through a graph that reduces one segment at its cuts, and discharges every obligation.
+    """One walk through a graph that reduces one segment in some regions, and discharges every obligation.
 
     Args:
-        cuts: of one segment, in order.
-        plan: what to keep at a cut; None leaves it alone.
+        regions: where, in order.
+        segment: what is reduced.
+        sites: the attentions over its sequence; what they feed is a stream value, not a position term.
+        plan: what to keep at a place; None leaves it alone.
+        restore: what removed tokens get where all are needed.
         short: outputs keep the reduced tokens.
-        spec: what the edits are recorded as.
         proportional: attention to merged tokens counts the originals.
-        attentions: attention nodes; what they feed is a stream value, not a position term.
+        position: what position terms kept tokens get, one of `tokens.recipe.POSITIONS`.
+        spec: what the edits are recorded as.
     """
 
     def __init__(
-        self, editor: GraphEditor, axes: AxisMap, cuts: list[StreamCut], plan: Planner, *, attentions: set[fx.Node],
-        spec: str, short: bool = False, proportional: bool = False,
+        self, editor: GraphEditor, axes: AxisMap, regions: list[Region], segment: Segment, plan: Planner, *,
+        sites: list[AttentionSite], spec: str, restore: Restore | None = None, short: bool = False,
+        proportional: bool = False, position: str = "keep",
     ) -> None:  # fmt: skip
         self.editor, self.axes, self.plan, self.spec = editor, axes, plan, spec
-        self.cuts = {c.after: c for c in cuts}
-        self.segment = cuts[0].segment.terms
-        self.short, self.proportional, self.attentions = short, proportional, attentions
+        self.regions, self.whole, self.segment = regions, segment, segment.terms
+        self.sites, self.attentions = sites, {s.node for s in sites}
+        self.restore = restore or Copy()
+        self.short, self.proportional, self.position = short, proportional, position
         self.value: dict[fx.Node, tuple[fx.Node, _Version]] = {}
         self.aligned: dict[Any, fx.Node] = {}
         self.restored: dict[fx.Node, fx.Node] = {}
         self.learned: set[fx.Node] = set()
+        self.seen: dict[fx.Node, _Version | None] = {}
         self.version: _Version | None = None
+        self.until: set[fx.Node] = set()
+        self.inside: set[fx.Node] | None = None
         self.edits: list[Edit] = []
 
     def run(self) -> None:
-        for node in list(self.editor.graph.nodes):
-            if node.op not in ("call_function", "output"):
-                continue
-            if node in self.attentions or any(n in self.learned for n in node.all_input_nodes):
-                self.learned.add(node)
-            self._visit(node)
-            cut = self.cuts.get(node)
-            if cut is not None:
-                self._reduce(cut)
+        begins: dict[fx.Node, list[Region]] = {}
+        for region in self.regions:
+            begins.setdefault(region.after, []).append(region)
+        self.originals = list(self.editor.graph.nodes)
+        for node in self.originals:
+            if node.op in ("call_function", "output"):
+                if node in self.attentions or any(n in self.learned for n in node.all_input_nodes):
+                    self.learned.add(node)
+                if self.inside is None or node in self.inside:
+                    self._visit(node)
+                if node in self.attentions:
+                    self.seen[node] = self.value[node][1] if node in self.value else None
+            if node in self.until:
+                self._end(node)
+            for region in begins.get(node, ()):
+                self._begin(region)
 
     def return_source(self) -> None:
         """One more output: for each original token, the reduced token that it is part of, int64 [B, originals]."""
         if self.version is not None:
             add_output(self.editor.program, self._map(self.version), "source")
+
+    def return_positions(self) -> None:
+        """One more output: the position of each token that is left, as position terms see it, int64 [B, left]."""
+        if self.version is not None:
+            add_output(self.editor.program, self._positions(self.version), "positions")
 
     # -- following the reduced values --------------------------------------------------------------------------------
 
@@ -157,11 +127,14 @@ class StreamRewriter:
         decision = decide(self.axes, node, self.segment, operands, self.short)
         new: dict[fx.Node, fx.Node] = {}
         version = max((self.value[n][1] for n in operands), key=lambda v: v.step)
+        chain = set(_chain(version))
+        if decision.barrier is None and any(self.value[n][1] not in chain for n in operands):
+            decision.barrier = Effect(node, operands[0], 0, EffectKind.LAYOUT, "it joins tokens of two reductions")
         if decision.barrier is None:
             for operand in decision.align:
                 gathered = self._align(operand, node, version)
                 if gathered is None:
-                    decision.barrier = True
+                    decision.barrier = Effect(node, operand, 0, EffectKind.ALIGN, "its batch is not a dimension")
                     break
                 new[operand] = gathered
         if decision.barrier is not None:
@@ -216,16 +189,34 @@ class StreamRewriter:
         """One reduction step, applied to another value of the stream."""
         dims = self.axes.dims(operand)
         at = [i for i, d in enumerate(dims) if contains(d, self.segment)]
-        if step.size is not None and dims == self.axes.dims(step.stream):
-            before = self._sizes(step.parent, step.terms) if step.parent is not None else None
+        if step.plan.fuse in ("sized", "mean") and dims == self.axes.dims(step.stream):
             rows, back = self._rows(node, dims)
-            merged = self.editor.insert(last_of(rows, step.index, step.dst), ops.merge_tokens.default, rows, before,
-                                        step.index, step.src, step.dst, True)  # fmt: skip
-            return back(self.editor.item(merged, 0))
+            return back(self._fused(step.plan, rows, step)[0])
         for dim in at:
-            index = self._local(step)
-            node = self._gather(node, dims, dim, index, step.before)
+            if step.plan.fuse == "soft" and operand in self.learned:
+                node = self._mixed(node, dims, dim, step.plan.assign, step.before)
+            else:
+                node = self._gather(node, dims, dim, self._local(step), step.before)
         return node
+
+    def _fused(self, plan: Plan, rows: fx.Node, step: _Version) -> tuple[fx.Node, fx.Node | None]:
+        """Rows [B, N, C] reduced by a plan, and the sizes after it, if it tracks them."""
+        editor, index = self.editor, plan.index
+        if plan.fuse == "drop":
+            return editor.insert(
+                last_of(index, rows), ops.gather_tokens.default, rows, index, 1, 0, 0, step.total
+            ), None
+        if plan.fuse == "soft":
+            after = last_of(plan.assign, rows)
+            mix = ops.mix_tokens.default
+            return editor.insert(after, mix, rows, plan.assign, 1, 0, step.start, step.before), None
+        weight = plan.weight
+        if plan.fuse == "sized" and step.parent is not None:
+            weight = self._sizes(step.parent, step.terms)
+        after = last_of(rows, index, plan.src, plan.dst, weight)
+        merged = editor.insert(after, ops.merge_tokens.default, rows, weight, index, plan.src, plan.dst,
+                               plan.fuse != "sum")  # fmt: skip
+        return editor.item(merged, 0), editor.item(merged, 1) if plan.fuse == "sized" else None
 
     # -- the pieces of a version ---------------------------------------------------------------------------------------
 
@@ -238,7 +229,7 @@ class StreamRewriter:
         """The plan's index, relative to the segment, of the parent's tokens: [B, count]."""
 
         def make() -> fx.Node:
-            node = version.index
+            node = version.plan.index
             total = node.meta["val"].shape[1]
             if version.count != total:
                 node = self.editor.insert(
@@ -262,25 +253,69 @@ class StreamRewriter:
 
         return self._cached(version, "index", make)
 
+    def _positions(self, version: _Version) -> fx.Node:
+        """The position whose terms each token of a version gets: [B, count]."""
+        index = self._index(version)
+        if self.position == "keep":
+            return index
+
+        def make() -> fx.Node:
+            insert = self.editor.insert
+            if self.position == "renumber":
+                numbers = self.editor.constant("numbers", torch.arange(version.count)[None])
+                return insert(index, aten.expand_as.default, numbers, index)
+            if self.whole.grid is None or len(self.whole.grid) != 2:
+                raise IllegalReduction(
+                    "concentric positions need a grid of two dimensions", where=self.regions[0].site.id
+                )
+            ring = self.editor.constant("rings", rings(*self.whole.grid))
+            flat = insert(index, aten.reshape.default, index, [-1])
+            picked = insert(flat, aten.index_select.default, ring, 0, flat)
+            return insert(picked, aten.reshape.default, picked, [-1, version.count])
+
+        return self._cached(version, "positions", make)
+
     def _map(self, version: _Version) -> fx.Node:
         """For each original token, the token of this version that it is part of: [B, originals]."""
 
         def make() -> fx.Node:
-            total = version.total
-            node = self.editor.insert(last_of(version.index, version.src, version.dst), ops.token_map.default,
-                                      version.index, version.src, version.dst, total)  # fmt: skip
-            if version.before != total:
-                node = self.editor.insert(
-                    node, aten.slice.Tensor, node, 1, version.start, version.start + version.before
-                )
-            if version.start:
-                node = self.editor.insert(node, aten.sub.Tensor, node, version.start)
+            node = self._step_map(version)
             if version.parent is None:
                 return node
             parent = self._map(version.parent)
             return self.editor.insert(last_of(node, parent), aten.gather.default, node, 1, parent)
 
         return self._cached(version, "map", make)
+
+    def _step_map(self, version: _Version) -> fx.Node:
+        """For each token of the parent's segment, the token of this version's that it is part of: [B, before]."""
+
+        def make() -> fx.Node:
+            plan, insert = version.plan, self.editor.insert
+            if plan.spread is not None:
+                best = insert(plan.spread, aten.argmax.default, plan.spread, -1)
+                return insert(last_of(best, plan.index), aten.expand.default, best, [self._batch(plan.index), -1])
+            if not version.count:
+                raise IllegalReduction(
+                    "no token is left to restore the others from",
+                    where=self.regions[0].site.id,
+                    hint="restore='canvas' or restore='zero'",
+                )
+            dst = plan.dst
+            if dst is None:
+                dst = insert(last_of(plan.index, plan.src, version.rows), ops.nearest_tokens.default, version.rows,
+                             plan.index, plan.src, version.start, version.count)  # fmt: skip
+            node = insert(last_of(plan.index, plan.src, dst), ops.token_map.default, plan.index, plan.src, dst,
+                          version.total)  # fmt: skip
+            if version.before != version.total:
+                node = insert(node, aten.slice.Tensor, node, 1, version.start, version.start + version.before)
+            return insert(node, aten.sub.Tensor, node, version.start) if version.start else node
+
+        return self._cached(version, "step map", make)
+
+    def _batch(self, node: fx.Node) -> fx.Node | int:
+        size = node.meta["val"].shape[0]
+        return size if isinstance(size, int) else self.editor.insert(node, aten.sym_size.int, node, 0)
 
     def _sizes(self, version: _Version, terms: Terms) -> fx.Node:
         """The sizes of a sequence that contains the segment: [B, its length]."""
@@ -339,15 +374,56 @@ class StreamRewriter:
             self.value[new] = (new, version)
 
     def _restore(self, operand: fx.Node) -> fx.Node:
-        """All tokens of a reduced value: each original gets the value of the token it is part of."""
+        """All tokens of a reduced value."""
         if operand not in self.restored:
             node, version = self.value[operand]
             dims = self.axes.dims(operand)
-            for dim, terms in enumerate(dims):
-                if contains(terms, self.segment):
-                    node = self._gather(node, dims, dim, self._map(version), version.count)
+            spread = self._spread(version)
+            if spread is not None:
+                node = self._over(dims, node, lambda n, dim: self._mixed(n, dims, dim, spread, version.count))
+            elif all(v.plan.spread is None and v.plan.base is None for v in _chain(version)):
+                index = self._map(version)
+                node = self._over(dims, node, lambda n, dim: self._gather(n, dims, dim, index, version.count))
+            else:
+                for step in _chain(version):
+                    node = self._undo(operand, dims, node, step)
             self.restored[operand] = node
         return self.restored[operand]
+
+    def _over(self, dims: Dims, node: fx.Node, change: Callable[[fx.Node, int], fx.Node]) -> fx.Node:
+        for dim, terms in enumerate(dims):
+            if contains(terms, self.segment):
+                node = change(node, dim)
+        return node
+
+    def _spread(self, version: _Version) -> fx.Node | None:
+        """Where all original tokens are a mixture of those left whatever happened between: the mixture."""
+        make = lambda: self.restore.spread(self.editor, self._index(version), self.whole.grid)  # noqa: E731
+        return self._cached(version, "spread", make) if hasattr(self.restore, "spread") else None
+
+    def _undo(self, operand: fx.Node, dims: Dims, node: fx.Node, step: _Version) -> fx.Node:
+        """The tokens that one step removed."""
+        plan = step.plan
+        if plan.base is not None and dims == self.axes.dims(step.stream):
+            rows, back = self._rows(node, dims)
+            after = last_of(rows, plan.index, plan.base)
+            return back(self.editor.insert(after, ops.scatter_tokens.default, rows, plan.index, plan.base, 1, 0))
+        if plan.spread is not None:
+            return self._over(dims, node, lambda n, dim: self._mixed(n, dims, dim, plan.spread, step.count))
+        index = self._step_map(step)
+        return self._over(dims, node, lambda n, dim: self._gather(n, dims, dim, index, step.count))
+
+    def _mixed(self, node: fx.Node, dims: Dims, dim: int, matrix: fx.Node, have: int) -> fx.Node:
+        """Mixtures of the tokens along one dimension, by a matrix per sample."""
+        start = offset_in(dims[dim], self.segment)
+        batch = self._batch_of(dims)
+        if start is None or (dims[batch] != self.axes.batch and matrix.meta["val"].shape[0] != 1):
+            raise IllegalReduction(
+                "tokens are mixed where they share a dimension with others",
+                where=f"{node.name} ({module_path(node)})",
+                hint="use a recipe that drops or merges tokens",
+            )
+        return self.editor.insert(last_of(node, matrix), ops.mix_tokens.default, node, matrix, dim, batch, start, have)
 
     def _align(self, operand: fx.Node, node: fx.Node, version: _Version) -> fx.Node | None:
         """An operand of full length beside a reduced one: position terms are gathered, stream values reduced alike."""
@@ -369,7 +445,7 @@ class StreamRewriter:
             at = dims.index(self.axes.batch)
         elif at >= 0 and (length(dims[at]) != 1):
             return None
-        key = (operand, version.step, len(out), batch)
+        key = (operand, version, len(out), batch)
         if key not in self.aligned:
             current = operand
             if at < 0:  # no dimension where the batch belongs yet
@@ -379,7 +455,7 @@ class StreamRewriter:
                 current = self.editor.insert(operand, aten.reshape.default, operand, shape)
             for dim, terms in enumerate(dims):
                 if contains(terms, self.segment):
-                    current = self._gather(current, dims, dim, self._index(version), self.full, batch_dim=at)
+                    current = self._gather(current, dims, dim, self._positions(version), self.full, batch_dim=at)
             self.aligned[key] = current
         return self.aligned[key]
 
@@ -456,37 +532,62 @@ class StreamRewriter:
 
     # -- reducing ------------------------------------------------------------------------------------------------------
 
-    def _reduce(self, cut: StreamCut) -> None:
-        """Inserts a reduction behind a cut's residual sum."""
-        node, parent = self.value.get(cut.after, (cut.after, None))
-        dims = self.axes.dims(cut.after)
+    def _begin(self, region: Region) -> None:
+        """Inserts a reduction behind the value that a region begins with."""
+        node, parent = self.value.get(region.after, (region.after, None))
+        dims = self.axes.dims(region.after)
         terms = next(d for d in dims if contains(d, self.segment))
         start = offset_in(terms, self.segment)
         have = parent.count if parent is not None else self.full
         total = reduced_length(terms, self.segment, have)
         rows, back = self._rows(node, dims)
-        plan = self.plan(Stream(self.editor, cut, rows, start, have, total))
+        cuts = [r.cut for r in self.regions if r.cut is not None]
+        track = lambda n, s: self._track(n, s, parent)  # noqa: E731
+        stream = Stream(self.editor, region, self.whole, rows, start, have, total, self.sites, cuts, track)
+        plan = self.plan(stream)
         if plan is None:
             return
-        editor, index, src, dst = self.editor, plan.index, plan.src, plan.dst
-        size = None
-        count = index.meta["val"].shape[1] - (total - have)
-        if dst is None:
-            after = last_of(index, src, rows)
-            dst = editor.insert(after, ops.nearest_tokens.default, rows, index, src, start, count)
-        if plan.fuse == "drop":
-            reduced = editor.insert(last_of(index, rows), ops.gather_tokens.default, rows, index, 1, 0, 0, total)
-        else:
-            weighted = plan.fuse == "weighted"
-            weight = plan.weight if not weighted else self._sizes(parent, terms) if parent is not None else None
-            after = last_of(rows, index, src, dst, *([weight] if weight is not None else []))
-            merged = editor.insert(after, ops.merge_tokens.default, rows, weight, index, src, dst, weighted)
-            reduced = editor.item(merged, 0)
-            size = editor.item(merged, 1) if weighted else None
-        self.version = _Version(parent, terms, start, total, have, count, index, src, dst, cut.after, size,
-                                parent.step + 1 if parent is not None else 1)  # fmt: skip
-        self.value[cut.after] = (back(reduced), self.version)
-        self.edits.append(Edit(self.spec, cut.site.id, total, total - have + count))
+        count = plan.index.meta["val"].shape[1] - (total - have)
+        step = parent.step + 1 if parent is not None else 1
+        self.version = _Version(parent, plan, terms, start, total, have, count, region.after, rows, None, step)
+        reduced, self.version.size = self._fused(plan, rows, self.version)
+        self.value[region.after] = (back(reduced), self.version)
+        self.restored.pop(region.after, None)
+        self.edits.append(Edit(self.spec, region.site.id, total, total - have + count))
+        if region.until is not None:
+            self.until.add(region.until)
+        if region.update is not None:
+            self.inside = _between(region.after, region.update)
+
+    def _end(self, node: fx.Node) -> None:
+        """Restores the value that a region ends with, for everything behind it."""
+        if node in self.value:
+            full = self._restore(node)
+            self.axes.alias(full, node)
+            self.learned.add(full)
+            for user in self.originals:
+                if user > node and node in user.all_input_nodes:
+                    user.replace_input_with(node, full)
+            if self.restore.name == "cached":
+                add_output(self.editor.program, full, "cache")
+            if self.inside is not None:
+                self.value.clear()
+                self.inside = None
+            else:
+                del self.value[node]
+
+    def _track(self, node: fx.Node, site: AttentionSite, now: _Version | None) -> fx.Node:
+        """What an attention said of its keys, for the tokens that are left now."""
+        have = self.seen.get(site.node)
+        steps = [s for s in _chain(now) if have is None or s.step > have.step]
+        if not steps:
+            return node
+        if node.meta["val"].shape[1] != steps[-1].total or (have is not None and have not in _chain(now)):
+            raise Refused(f"{site.id} attended over other tokens than those of this place", "score with a later layer")
+        for step in reversed(steps):
+            index = step.plan.index
+            node = self.editor.insert(last_of(node, index), ops.gather_tokens.default, node, index, 1, 0, 0, step.total)
+        return node
 
     def _rows(self, node: fx.Node, dims: tuple[Terms, ...]) -> tuple[fx.Node, Any]:
         """A stream value as [B, N, C], and the way back."""
@@ -499,6 +600,37 @@ class StreamRewriter:
         rows = self.editor.insert(node, aten.permute.default, node, order)
         back = [order.index(i) for i in range(3)]
         return rows, lambda n: self.editor.insert(n, aten.permute.default, n, back)
+
+
+def _chain(version: _Version | None) -> list[_Version]:
+    """A version and those before it, the latest first."""
+    steps = []
+    while version is not None:
+        steps.append(version)
+        version = version.parent
+    return steps
+
+
+def _between(first: fx.Node, last: fx.Node) -> set[fx.Node]:
+    """The operations on the way from one value to another."""
+    above, stack = {last}, [last]
+    while stack:
+        for operand in stack.pop().all_input_nodes:
+            if operand > first and operand not in above:
+                above.add(operand)
+                stack.append(operand)
+    below = {first}
+    for node in sorted(above):
+        if any(n in below for n in node.all_input_nodes):
+            below.add(node)
+    return below - {first}
+
+
+def rings(height: int, width: int) -> torch.Tensor:
+    """The ring of each position of a grid in raster order; the outermost is 0."""
+    y, x = torch.arange(height)[:, None], torch.arange(width)[None]
+    inner = torch.minimum(torch.minimum(y, height - 1 - y), torch.minimum(x, width - 1 - x))
+    return inner.flatten()
 
 
 def _sequences(terms: Terms) -> list[Terms]:

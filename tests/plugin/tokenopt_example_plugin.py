@@ -9,7 +9,7 @@ import torch
 import tokenopt
 from tokenopt.analysis.cuts import StreamCut
 from tokenopt.recipes.tokens import TOME
-from tokenopt.stream import Plan, Stream
+from tokenopt.tokens.plan import Plan, Stream
 
 HALF_TOME = replace(TOME, name="half-tome", summary="ToMe with r = 6", schedule={"r": 6})
 

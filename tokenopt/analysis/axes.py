@@ -95,6 +95,12 @@ class AxisMap:
             return [tuple(resolve(t) for t in d) for d in dims if d is not None]
         return [] if dims is None else [self.dims(node)]
 
+    def alias(self, node: fx.Node, like: fx.Node) -> None:
+        """Lets a new node have the axes of another."""
+        self._dims[node] = self._dims[like]
+        if like in self.data:
+            self.data.add(node)
+
     def effects(self, node: fx.Node) -> list[Effect]:
         """The effects of an operation on the dimensions of its operands, other than PASS."""
         return self._effects.get(node, [])

@@ -178,6 +178,8 @@ class StreamCut:
     """A place where the token stream can be reduced: behind ``after``, the residual sum that follows a site.
 
     Attributes:
+        entry: the stream before the site; input: what its queries, keys and values are projected from, if that is one
+            value; update: what it adds; leave: the stream behind the MLP that follows.
         axis, segment: the sequence at this place and the part of it that may be reduced.
         layer: the index of its site among the self-attention sites.
         depth: how many of them lie before it, from 0 to 1.
@@ -194,6 +196,10 @@ class StreamCut:
     segment: Segment
     layer: int
     depth: float
+    entry: fx.Node
+    input: fx.Node | None
+    update: fx.Node
+    leave: fx.Node
     width: int = 0
     obligations: Counter[str] = field(default_factory=Counter)
     restores: list[Effect] = field(default_factory=list)
@@ -201,8 +207,14 @@ class StreamCut:
     savings: float = 0.0
 
 
-def find_cuts(axes: AxisMap, sites: list[AttentionSite]) -> tuple[list[StreamCut], list[Refusal]]:
-    """The cut behind each self-attention site, in order, and why the other sites have none."""
+def find_cuts(
+    axes: AxisMap, sites: list[AttentionSite], *, paying: bool = True
+) -> tuple[list[StreamCut], list[Refusal]]:
+    """The cut behind each self-attention site, in order, and why the other sites have none.
+
+    Args:
+        paying: leave out those behind which nothing would get faster; inside their attention it still may.
+    """
     flow = _data_flow(axes)
     candidates = [s for s in sites if s.kind in ("self", "joint")]
     cuts: list[StreamCut] = []
@@ -212,27 +224,32 @@ def find_cuts(axes: AxisMap, sites: list[AttentionSite]) -> tuple[list[StreamCut
         if isinstance(found, Refusal):
             refusals.append(found)
         else:
-            cuts.append(StreamCut(site, found, site.axis, site.axis.reducible, layer, (layer + 1) / len(candidates)))
+            entry, update, after = found
+            read = _attention_input(axes, site, entry, flow)
+            cuts.append(StreamCut(site, after, site.axis, site.axis.reducible, layer, (layer + 1) / len(candidates),
+                                  entry, read, update, after))  # fmt: skip
+    _find_leaves(axes, cuts)
     for site in sites:
         if site.kind == "cross":
             refusals.append(Refusal(site.id, "cross attention: its queries are not the tokens it attends to", _OTHERS))
         elif site.kind in ("channel", "linear"):
             refusals.append(site.refusal)
     _walk(axes, cuts)
-    paying: list[StreamCut] = []
-    for cut in cuts:
-        if _pays(cut, cuts):
-            paying.append(cut)
-        else:
-            refusals.append(_does_not_pay(cut))
-    return paying, refusals
+    if not paying:
+        return cuts, refusals
+    wasted = [c for c in cuts if not _pays(c, cuts)]
+    refusals += [_does_not_pay(c) for c in wasted]
+    return [c for c in cuts if c not in wasted], refusals
 
 
 _OTHERS = "reduce the self-attention sites of its streams"
 
 
-def _cut_of(axes: AxisMap, site: AttentionSite, flow: nx.DiGraph) -> fx.Node | Refusal:
-    """The residual sum behind a site: the first sum of something that the site made and something it was made from."""
+def _cut_of(axes: AxisMap, site: AttentionSite, flow: nx.DiGraph) -> tuple[fx.Node, fx.Node, fx.Node] | Refusal:
+    """The stream before a site, what the site adds to it, and the last residual sum behind it.
+
+    The residual sum is the first sum of something that the site made and something it was made from.
+    """
     if site.refusal is not None:
         return site.refusal
     if site.axis is None:
@@ -270,8 +287,40 @@ def _cut_of(axes: AxisMap, site: AttentionSite, flow: nx.DiGraph) -> fx.Node | R
         problem = _stream_problem(axes, node, segment, site)
         if problem is not None:
             return problem
-        return _last_of_sum(axes, node, above)
+        entry, update = sorted(operands, key=lambda n: n not in above)
+        return entry, update, _last_of_sum(axes, node, above)
     return Refusal(site.id, "no residual sum follows it that carries its tokens", "its tokens go their own way here")
+
+
+def _attention_input(axes: AxisMap, site: AttentionSite, entry: fx.Node, flow: nx.DiGraph) -> fx.Node | None:
+    """The last value of the stream's shape from which queries, keys and values are all computed."""
+    common = set.intersection(*(nx.ancestors(flow, n) | {n} for n in site.node.args[:3]))
+    shape = axes.dims(entry)
+    return max((n for n in common if n in axes.data and axes.dims(n) == shape), default=None)
+
+
+def _find_leaves(axes: AxisMap, cuts: list[StreamCut]) -> None:
+    """Where each block leaves the stream: the entry of the next, or the sum behind the last MLP."""
+    for cut, behind in zip(cuts, [*cuts[1:], None], strict=False):
+        if behind is not None and behind.segment.terms == cut.segment.terms and behind.layer == cut.layer + 1:
+            cut.leave = behind.entry
+            continue
+        made = {cut.after}
+        for node in _behind(cut.after):
+            operands = tensor_operands(node)
+            if not any(n in made for n in operands):
+                continue
+            made.add(node)
+            joins = node.target is aten.add.Tensor and len(operands) == 2 and all(n in made for n in operands)
+            if joins and axes.dims(node) == axes.dims(cut.after):
+                cut.leave = node
+                break
+
+
+def features_behind(leave: fx.Node) -> fx.Node:
+    """The features of an encoder: where its last block leaves the stream, behind a norm that follows directly."""
+    users = list(leave.users)
+    return users[0] if len(users) == 1 and "norm" in str(users[0].target) else leave
 
 
 def _last_of_sum(axes: AxisMap, node: fx.Node, above: set[fx.Node]) -> fx.Node:

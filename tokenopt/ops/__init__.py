@@ -33,4 +33,4 @@ def references() -> dict[Any, Callable[..., Any]]:
     return {getattr(torch.ops.tokenopt, name).default: function for name, function in _references.items()}
 
 
-from tokenopt.ops import attention, tokens  # noqa: E402, F401  (they register themselves)
+from tokenopt.ops import attention, mix, score, select, tokens  # noqa: E402, F401  (they register themselves)

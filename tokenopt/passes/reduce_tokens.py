@@ -7,28 +7,29 @@ from dataclasses import dataclass, field, replace
 from typing import Any, ClassVar
 
 import torch
-from torch import fx
 
 from tokenopt import recipes
-from tokenopt.analysis.axes import propagate
-from tokenopt.analysis.cuts import StreamCut, contains, find_cuts, offset_in
+from tokenopt.analysis.axes import AxisMap, propagate
+from tokenopt.analysis.cuts import StreamCut, contains, find_cuts
 from tokenopt.analysis.sites import AttentionSite, find_sites
-from tokenopt.analysis.terms import Terms
+from tokenopt.analysis.terms import Terms, length
 from tokenopt.errors import IllegalReduction, Refusal
 from tokenopt.graph import GraphEditor
+from tokenopt.inside import reduce_inside
 from tokenopt.pipeline import Pass, PassResult
 from tokenopt.program import Program
 from tokenopt.schedule import Schedule
-from tokenopt.stream import Plan, Stream, StreamRewriter
+from tokenopt.stream import StreamRewriter
+from tokenopt.tokens.place import Attention, Place
+from tokenopt.tokens.plan import Plan, Refused, Stream
 from tokenopt.tokens.recipe import TokenRecipe
-
-aten = torch.ops.aten
-ops = torch.ops.tokenopt
+from tokenopt.tokens.score import build
+from tokenopt.tokens.select import around
 
 
 @dataclass(frozen=True)
 class ReduceTokens(Pass):
-    """Inserts a recipe's reductions between attention and MLP, and discharges every obligation they cause.
+    """Inserts a recipe's reductions at its place, and discharges every obligation they cause.
 
     Sizes in reshapes follow the tokens; position terms, masks and biases are gathered per sample; means are weighted by
     size and attention gets the log size as a key bias; before anything that needs every token, tokens are restored.
@@ -63,36 +64,80 @@ class ReduceTokens(Pass):
         recipe, schedule = self.resolved()
         axes = propagate(program)
         sites, _ = find_sites(axes)
-        cuts, refusals = find_cuts(axes, sites)
-        result = PassResult(refusals=refusals)
-        if recipe.segment is not None:
-            cuts = _with_segment(cuts, recipe.segment)
         own = [s for s in sites if s.kind in ("self", "joint")]
-        groups: dict[Terms, list[StreamCut]] = {}
-        for cut in cuts:
-            groups.setdefault(cut.segment.terms, []).append(cut)
+        place = recipe.place
+        cuts, refusals = find_cuts(axes, sites, paying=place.streams)
+        result = PassResult(refusals=refusals if place.streams or place.of == "input" else [])
         editor = GraphEditor(program)
-        for segment, group in groups.items():
-            if recipe.place == "boundary":
-                group = group[-1:]
-                if not any(contains(d, segment) for n in program.output_nodes for d in axes.dims(n) or ()):
-                    why = f"recipe {recipe.name} shortens the encoder's output, and no output carries these tokens"
-                    result.refusals.append(
-                        Refusal(group[0].site.id, why, "capture the encoder so that it returns them")
-                    )
-                    continue
-            planner = _Planner(recipe, schedule, own, self.neutral)
-            rewriter = StreamRewriter(
-                editor, axes, group, planner, attentions={s.node for s in sites}, spec=self.spec,
-                short=self.short_outputs or recipe.restore == "none", proportional=recipe.proportional,
-            )  # fmt: skip
-            rewriter.run()
-            if recipe.source:
-                rewriter.return_source()
-            result.edits += rewriter.edits
-            result.refusals += planner.refusals
+        planner = _Planner(recipe, schedule, len(own), self.neutral, result.refusals)
+        if isinstance(place, Attention) and place.of == "qkv":
+            self._inside(editor, axes, own, cuts, planner, result)
+        else:
+            if recipe.segment is not None:
+                cuts = _with_segment(cuts, recipe.segment)
+            groups: dict[Terms, list[StreamCut]] = {}
+            for cut in cuts:
+                groups.setdefault(cut.segment.terms, []).append(cut)
+            for group in _largest(groups, place).values():
+                self._stream(editor, axes, own, group, planner, result)
         editor.finish()
         return result
+
+    def _stream(
+        self, editor: GraphEditor, axes: AxisMap, sites: list[AttentionSite], cuts: list[StreamCut], planner: _Planner,
+        result: PassResult,
+    ) -> None:  # fmt: skip
+        recipe, segment = planner.recipe, cuts[0].segment
+        place, restore = recipe.place, recipe.restore
+        returned = [d for n in editor.program.output_nodes for d in axes.dims(n) or ()]
+        if place.outputs and not any(contains(d, segment.terms) for d in returned):
+            why = f"recipe {recipe.name} shortens the encoder's output, and no output carries these tokens"
+            hint = "capture the encoder so that it returns them"
+            result.refusals.append(Refusal(cuts[0].site.id, why, hint))
+            return
+        try:
+            regions = place.regions(cuts, sites, recipe.hoists)
+        except Refused as refused:
+            result.refusals.append(Refusal(cuts[0].site.id, refused.why, refused.hint))
+            return
+        if restore.ends:
+            regions = [r if r.until is not None else replace(r, until=cuts[-1].leave) for r in regions]
+        rewriter = StreamRewriter(
+            editor, axes, regions, segment, planner, sites=sites, spec=self.spec, restore=restore,
+            short=self.short_outputs or not restore.outputs, proportional=recipe.proportional, position=recipe.position,
+        )  # fmt: skip
+        rewriter.run()
+        if recipe.source:
+            rewriter.return_source()
+        if recipe.positions:
+            rewriter.return_positions()
+        result.edits += rewriter.edits
+
+    def _inside(
+        self, editor: GraphEditor, axes: AxisMap, sites: list[AttentionSite], cuts: list[StreamCut], planner: _Planner,
+        result: PassResult,
+    ) -> None:  # fmt: skip
+        on_stream = {c.site: c for c in cuts}
+        for region in planner.recipe.place.regions(cuts, sites, False):
+            if region.site.refusal is not None or region.axis is None or region.axis.reducible is None:
+                continue
+            region = replace(region, cut=on_stream.get(region.site))
+            try:
+                edit = reduce_inside(editor, axes, region, planner, spec=self.spec,
+                                     proportional=planner.recipe.proportional)  # fmt: skip
+            except Refused as refused:
+                result.refusals.append(Refusal(region.site.id, refused.why, refused.hint))
+                continue
+            if edit is not None:
+                result.edits.append(edit)
+
+
+def _largest(groups: dict[Terms, list[StreamCut]], place: Place) -> dict[Terms, list[StreamCut]]:
+    """The sequences that a place inside attention does not leave out for being short."""
+    if not isinstance(place, Attention) or not place.downsample:
+        return groups
+    longest = max((length(t) for t in groups), default=0)
+    return {t: g for t, g in groups.items() if length(t) * place.downsample**2 >= longest}
 
 
 def _with_segment(cuts: list[StreamCut], name: str) -> list[StreamCut]:
@@ -106,88 +151,40 @@ def _with_segment(cuts: list[StreamCut], name: str) -> list[StreamCut]:
     return chosen
 
 
+@dataclass
 class _Planner:
-    """Turns a recipe and a schedule into the plan at each cut."""
+    """Turns a recipe and a schedule into the plan at each place."""
 
-    def __init__(self, recipe: TokenRecipe, schedule: Schedule, sites: list[AttentionSite], neutral: bool) -> None:
-        self.recipe, self.schedule, self.sites, self.neutral = recipe, schedule, sites, neutral
-        self.refusals: list[Refusal] = []
+    recipe: TokenRecipe
+    schedule: Schedule
+    layers: int
+    neutral: bool
+    refusals: list[Refusal]
 
     def __call__(self, stream: Stream) -> Plan | None:
-        recipe, have = self.recipe, stream.count
-        if stream.cut.site.causal and recipe.fuse != "drop":
-            why = "causal attention: a merged token would carry what comes after it"
-            self.refusals.append(Refusal(stream.cut.site.id, why, "use a recipe that drops tokens"))
-            return None
-        kept = self.schedule.kept(stream.cut.layer, len(self.sites), have)
-        if recipe.select == "bipartite":
-            kept = max(kept, have - have // 2)
-        kept = have if self.neutral else max(kept, 1)
-        packed = recipe.fuse == "pack" and not self.neutral
-        if kept + packed >= have and not self.neutral:
-            return None
-        score = self._score(stream)
-        if score is None:
-            return None
-        if recipe.select == "bipartite":
-            plan = stream.insert(ops.match_bipartite.default, score, have - kept, stream.start, stream.stop)
-            index, src, dst = (stream.item(plan, i) for i in range(3))
-            return Plan(index, src, dst, recipe.fuse)
-        if not packed:
-            return stream.topk(score, kept)
-        plan = stream.insert(ops.select_topk.default, score, kept, stream.start, stream.stop, True)
-        index, src = stream.item(plan, 0), stream.item(plan, 1)
-        dst = stream.insert(aten.full_like.default, src, stream.start + kept)
-        return Plan(index, src, dst, recipe.fuse, self._pack_weight(stream, score, index, kept))
-
-    def _score(self, stream: Stream) -> fx.Node | None:
-        """The score of every token of the sequence, [B, total]; for bipartite matching the metric, [B, total, D]."""
-        recipe, cut = self.recipe, stream.cut
-        if recipe.score == "mean_key":
-            key = cut.site.node.args[1]
-            return self._of_stream(stream, stream.editor.insert(key, aten.mean.dim, key, [1]))
-        if recipe.score == "random":
-            generator = torch.Generator().manual_seed(recipe.seed + cut.layer)
-            score = stream.constant("random_score", torch.rand(1, stream.total, generator=generator))
-            return stream.insert(aten.expand.default, score, [stream.editor.rows(), -1])
-        cls = next((s for s in cut.axis.segments if s.name == "cls"), None)
-        site = cut.site if recipe.place == "mid" else self._scoring_layer()
-        if cls is None or site.axis is None or site.axis.terms != cut.axis.terms:
-            why = f"recipe {recipe.name} scores by the class token's attention, and there is no class token"
-            self.refusals.append(Refusal(cut.site.id, why, "use a recipe without a class token, such as tome"))
-            return None
-        query, key, _, *rest = site.node.args
-        bias, key_bias = [*rest, None, None][:2]
-        score = stream.editor.insert(
-            site.node, ops.attention_probe.default, query, key, bias, key_bias, cls.start, 1,
-            scale=site.node.kwargs.get("scale"),
-        )  # fmt: skip
-        return self._of_stream(stream, score)
-
-    def _of_stream(self, stream: Stream, score: fx.Node) -> fx.Node | None:
-        """What a site says of its keys, for the stream's tokens alone: a joint attention has others, too."""
-        if score.meta["val"].shape[1] == stream.total:
-            return score
-        start = offset_in(stream.cut.axis.terms, stream.cut.segment.terms)
-        if stream.count != stream.total or start is None:
-            why = "the attention's sequence and the stream's have different tokens beside the reducible ones"
-            self.refusals.append(Refusal(stream.cut.site.id, why, "reduce it with a rule of your own"))
-            return None
-        return stream.insert(aten.slice.Tensor, score, 1, start, start + stream.count)
-
-    def _scoring_layer(self) -> AttentionSite:
+        recipe, have, site = self.recipe, stream.count, stream.region.site
         try:
-            return self.sites[self.recipe.score_layer]
-        except IndexError:
-            raise IllegalReduction(
-                f"there is no layer {self.recipe.score_layer} to score with", why=f"the encoder has {len(self.sites)}"
-            ) from None
+            if site.causal and recipe.fuse.name != "drop":
+                why = "causal attention: a merged token would carry what comes after it"
+                raise Refused(why, "use a recipe that drops tokens")
+            if recipe.place.empties:
+                return None if self.neutral or self.schedule.is_identity else self._emptied(stream)
+            kept = self.schedule.kept(stream.layer, self.layers, have)
+            if kept >= have and not self.neutral:
+                return None
+            kept = have if self.neutral else recipe.select.fit(stream, kept)
+            if kept + recipe.fuse.extra >= have and not self.neutral:
+                return None
+            score = build(recipe.score, stream, kept) if recipe.score is not None else None
+            chosen = recipe.select.neutral(stream, score) if self.neutral else recipe.select.build(stream, score, kept)
+            return recipe.restore.build(stream, recipe.fuse.build(stream, chosen, score, self.neutral))
+        except Refused as refused:
+            self.refusals.append(Refusal(site.id, f"recipe {recipe.name}: {refused.why}", refused.hint))
+            return None
 
-    def _pack_weight(self, stream: Stream, score: fx.Node, index: fx.Node, kept: int) -> fx.Node:
-        """Weight 1 for what stays and the score for what is packed, [B, total]."""
-        stays = stream.insert(aten.slice.Tensor, index, 1, 0, stream.start + kept)
-        if stream.stop < stream.total:
-            tail = stream.insert(aten.slice.Tensor, index, 1, stream.start + kept + 1, stream.total)
-            stays = stream.insert(aten.cat.default, [stays, tail], 1)
-        ones = stream.insert(aten.ones_like.default, stays, dtype=score.meta["val"].dtype)
-        return stream.insert(aten.scatter.src, score, 1, stays, ones)
+    def _emptied(self, stream: Stream) -> Plan:
+        """Nothing of the segment stays."""
+        if stream.total == stream.count:
+            raise Refused("there would be no token left", "reduce a segment of a longer sequence")
+        nothing = torch.zeros(0, dtype=torch.int64)
+        return self.recipe.restore.build(stream, Plan(around(stream, nothing)))

@@ -1,36 +1,27 @@
-"""TokenRecipe: a published reduction as data."""
+"""Token recipes: score x select x fuse x restore at place, as data."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field, fields, replace
+from dataclasses import dataclass, field, fields, replace
 from typing import Any, get_type_hints
 
 from tokenopt.errors import UsageError
+from tokenopt.tokens.fuse import Drop, Fuse
+from tokenopt.tokens.place import Mid, Place
+from tokenopt.tokens.primitive import Primitive, convert
+from tokenopt.tokens.restore import Copy, Restore
+from tokenopt.tokens.score import Score
+from tokenopt.tokens.select import Select
 
-CHOICES: dict[str, dict[str, str]] = {
-    "score": {
-        "mean_key": "similarity of the keys, averaged over heads",
-        "cls_row": "how much the class token attends to a token, averaged over heads",
-        "random": "fixed pseudo-random numbers per position",
-    },
-    "select": {
-        "bipartite": "even positions go to their most similar odd position, the best pairs first",
-        "topk": "the best-scored tokens stay, in their original order",
-    },
-    "fuse": {
-        "weighted": "the mean of the originals each token stands for",
-        "pack": "all others become one token, summed with their scores as weights",
-        "drop": "the others are dropped",
-    },
-    "restore": {
-        "copy": "where all tokens are needed, each gets its merged token's (or nearest kept token's) value",
-        "none": "as copy inside the model, but outputs keep the reduced tokens",
-    },
-    "place": {
-        "mid": "between attention and MLP of each scheduled layer",
-        "boundary": "once, where the encoder's features leave the graph",
-    },
+PARTS: dict[str, type[Primitive]] = {
+    "score": Score, "select": Select, "fuse": Fuse, "restore": Restore, "place": Place
+}  # fmt: skip
+
+POSITIONS = {
+    "keep": "kept tokens keep their original positions",
+    "renumber": "kept tokens are numbered from 0 on",
+    "concentric": "kept tokens have the number of their ring on the grid, the outermost is 0",
 }
 
 
@@ -40,74 +31,106 @@ class TokenRecipe:
 
     Attributes:
         name, summary, paper: what it is called, does, and where it was published.
-        score, select, fuse, restore, place: one of `CHOICES` each.
+        score, select, fuse, restore, place: its parts; given as text or plain data, they are read.
+        position: what position terms (RoPE, relative bias) kept tokens get: keep, renumber or concentric (Xing et al.,
+            Mitigating Object Hallucination via Concentric Causal Attention, arXiv:2410.15926).
         proportional: add the log of each token's size to its attention logits (for merged tokens).
-        score_layer: for place "boundary", the layer whose attention gives the score; negative counts from the last.
         segment: the segment to reduce; the patches by default.
-        seed: of score "random".
-        source: also return which reduced token each original token went to.
+        source: also return which reduced token each original token went to, int64 [B, N].
+        positions: also return the positions of the kept tokens, int64 [B, K].
         schedule: the default schedule.
 
     Raises:
-        UsageError: for an unknown choice or a combination that has no meaning.
+        UsageError: for an unknown part or a combination that has no meaning.
     """
 
     name: str
     summary: str
     paper: str
-    score: str
-    select: str
-    fuse: str
-    restore: str = "copy"
-    place: str = "mid"
+    select: Select
+    score: Score | None = None
+    fuse: Fuse = field(default_factory=Drop)
+    restore: Restore = field(default_factory=Copy)
+    place: Place = field(default_factory=Mid)
+    position: str = "keep"
     proportional: bool = False
-    score_layer: int = -1
     segment: str | None = None
-    seed: int = 0
     source: bool = False
+    positions: bool = False
     schedule: Mapping[str, Any] = field(default_factory=dict, hash=False)
 
     def __post_init__(self) -> None:
-        for name, choices in CHOICES.items():
-            if getattr(self, name) not in choices:
-                raise UsageError(
-                    f"recipe {self.name}: there is no {name} {getattr(self, name)!r}",
-                    hint=f"one of {', '.join(choices)}",
-                )
-        if (self.select == "bipartite") != (self.score == "mean_key"):
-            raise UsageError(
-                f"recipe {self.name}: select {self.select!r} does not go with score {self.score!r}",
-                hint="bipartite goes with mean_key; topk with cls_row or random",
+        for kind, part in PARTS.items():
+            value = getattr(self, kind)
+            if value is not None or kind != "score":
+                object.__setattr__(self, kind, part.parse(value))
+        self._check()
+
+    def _check(self) -> None:
+        wrong, select, fuse = self._wrong, self.select, self.fuse
+        if select.scored and self.score is None:
+            raise wrong(f"select '{select.name}' needs a score", "name one, or use a select without")
+        if select.scored is False and self.score is not None and not fuse.weighs:
+            raise wrong(
+                f"select '{select.name}' does not go with score '{self.score.name}'",
+                f"it takes none; a score goes with {_names(Select, lambda s: s.scored is not False)}",
             )
-        if (self.select == "bipartite") != (self.fuse == "weighted"):
-            raise UsageError(
-                f"recipe {self.name}: fuse {self.fuse!r} does not go with select {self.select!r}",
-                hint="bipartite goes with weighted; topk with drop or pack",
+        if select.gives not in fuse.takes:
+            raise wrong(
+                f"fuse '{fuse.name}' does not go with select '{select.name}'",
+                f"one of {_names(Fuse, lambda f: select.gives in f.takes)}",
             )
-        if self.fuse == "pack" and self.score == "random":
-            raise UsageError(f"recipe {self.name}: fuse 'pack' needs a score that is a weight", hint="score cls_row")
-        if self.proportional and self.fuse != "weighted":
-            raise UsageError(f"recipe {self.name}: proportional attention needs merged sizes", hint="fuse weighted")
+        if fuse.weighs and (self.score is None or self.score.name in ("random", "uniform_grid", "norm")):
+            raise wrong(f"fuse '{fuse.name}' needs a score that is a weight", "score cls_row or received")
+        if self.proportional and fuse.name != "weighted":
+            raise wrong("proportional attention needs merged sizes", "fuse weighted")
+        if self.position not in POSITIONS:
+            raise wrong(f"there is no position {self.position!r}", f"one of {', '.join(POSITIONS)}")
+        if self.restore.ends and self.place.name in ("mid", "output"):
+            raise wrong(
+                f"restore '{self.restore.name}' does not go with place '{self.place.name}'",
+                "place block, range, attention or exit",
+            )
+        if self.place.outputs and self.restore.outputs:
+            raise wrong(f"place '{self.place.name}' shortens outputs, and restore '{self.restore.name}' undoes it",
+                        "restore none")  # fmt: skip
+
+    def _wrong(self, what: str, hint: str) -> UsageError:
+        return UsageError(f"recipe {self.name}: {what}", hint=hint)
+
+    @property
+    def hoists(self) -> bool:
+        """Whether what is kept does not depend on the tokens' features at the place, nor changes them."""
+        reads = self.select.reads_rows or (self.score is not None and self.score.reads_rows)
+        return self.fuse.name == "drop" and not reads
 
     def with_settings(self, settings: Mapping[str, Any]) -> TokenRecipe:
-        """This recipe with some fields changed.
+        """This recipe with some settings changed: ``proportional``, ``fuse``, ``select.seed``, ...
 
         Raises:
-            UsageError: for an unknown field or a value of the wrong type.
+            UsageError: for an unknown setting or a value of the wrong type.
         """
         types = get_type_hints(TokenRecipe)
         known = [f.name for f in fields(self) if f.name not in ("name", "summary", "paper", "schedule")]
+        changed: dict[str, Any] = {}
         for key, value in settings.items():
-            if key not in known:
+            whole, dot, inner = key.partition(".")
+            if whole not in known or (dot and whole not in PARTS):
                 raise UsageError(f"recipe {self.name} has no setting {key!r}", hint=f"its settings: {', '.join(known)}")
-            wanted = types[key]
-            fits = isinstance(value, wanted) and (wanted is not int or not isinstance(value, bool))
-            if not fits:
-                raise UsageError(f"setting {key}={value!r} of recipe {self.name} is not of type {wanted}")
-        return replace(self, **settings)
+            if dot:
+                changed[whole] = _with(changed.get(whole, getattr(self, whole)), inner, value, self.name)
+            elif whole in PARTS and value is not None:
+                changed[whole] = PARTS[whole].parse(value)
+            else:
+                changed[whole] = convert(types[whole], value, f"{key}={value!r} of recipe {self.name}")
+        return replace(self, **changed)
 
     def to_dict(self) -> dict[str, Any]:
-        return {**asdict(self), "schedule": dict(self.schedule)}
+        """Plain data that `from_dict` reads back."""
+        data = {f.name: getattr(self, f.name) for f in fields(self)}
+        for kind in PARTS:
+            data[kind] = data[kind].to_data() if data[kind] is not None else None
+        return {**data, "schedule": dict(self.schedule)}
 
     @staticmethod
     def from_dict(data: Mapping[str, Any]) -> TokenRecipe:
@@ -116,7 +139,21 @@ class TokenRecipe:
         unknown = sorted(set(data) - known)
         if unknown:
             raise UsageError(f"a recipe has no key {unknown[0]!r}", hint=f"its keys: {', '.join(sorted(known))}")
-        missing = [n for n in ("name", "score", "select", "fuse") if n not in data]
+        missing = [n for n in ("name", "select") if n not in data]
         if missing:
             raise UsageError(f"the recipe lacks {', '.join(missing)}")
         return TokenRecipe(**{"summary": "", "paper": "", **data})
+
+
+def _with(part: Primitive | None, path: str, value: Any, recipe: str) -> Primitive:
+    """A part with one setting changed; ``rest.layer`` is a setting of a part within it."""
+    if part is None:
+        raise UsageError(f"recipe {recipe} has no score to set {path!r} of", hint="set score first")
+    name, dot, inner = path.partition(".")
+    if dot:
+        value = _with(getattr(part, name, None), inner, value, recipe)
+    return replace(part, **{name: part.checked(name, value)})
+
+
+def _names(kind: type[Primitive], fits: Any) -> str:
+    return ", ".join(name for name, part in kind._parts.items() if fits(part))

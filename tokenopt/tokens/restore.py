@@ -1,0 +1,102 @@
+"""Restores: where all tokens are needed again, what those get that were removed."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+
+import torch
+from torch import fx
+
+from tokenopt.errors import IllegalReduction
+from tokenopt.graph import GraphEditor
+from tokenopt.tokens.plan import Plan, Stream
+from tokenopt.tokens.primitive import Primitive
+
+aten = torch.ops.aten
+ops = torch.ops.tokenopt
+
+
+class Restore(Primitive, kind="restore"):
+    """What removed tokens get where all are needed.
+
+    Attributes:
+        outputs: whether outputs of the model are restored, too.
+        ends: whether it must happen on the stream itself, behind the last block, and not where a need arises.
+    """
+
+    outputs = True
+    ends = False
+
+    def build(self, stream: Stream, plan: Plan) -> Plan:
+        """The plan with what is restored from."""
+        return plan
+
+
+@dataclass(frozen=True)
+class Copy(Restore, name="copy"):
+    """each gets the value of the token it was merged into (or is most like), or its mixture back"""
+
+
+@dataclass(frozen=True)
+class Nothing(Restore, name="none"):
+    """as copy inside the model, but outputs keep the reduced tokens"""
+
+    outputs = False
+
+
+@dataclass(frozen=True)
+class Zero(Restore, name="zero"):
+    """each gets zeros: inside attention, it is not updated"""
+
+    ends = True
+
+    def build(self, stream: Stream, plan: Plan) -> Plan:
+        return replace(plan, base=stream.insert(aten.zeros_like.default, stream.rows))
+
+
+@dataclass(frozen=True)
+class Canvas(Restore, name="canvas"):
+    """each keeps the features that it had when it was removed, as a finished token keeps what it said
+
+    Source: Tang et al., Dynamic Token Pruning in Plain Vision Transformers, arXiv:2308.01045, sec. 3.2.
+    """
+
+    ends = True
+
+    def build(self, stream: Stream, plan: Plan) -> Plan:
+        return replace(plan, base=stream.rows)
+
+
+@dataclass(frozen=True)
+class Interpolate(Restore, name="interpolate"):
+    """each gets the mean of the kept ones, weighted by their distance on the grid to the power of -``power``"""
+
+    power: float = 2.0
+
+    def spread(self, editor: GraphEditor, index: fx.Node, grid: tuple[int, ...] | None) -> fx.Node:
+        """The weights of the kept tokens (their positions on the grid, [B, M]) in each token: [B, N, M].
+
+        Raises:
+            IllegalReduction: if the tokens form no grid.
+        """
+        if grid is None:
+            raise IllegalReduction("tokens that form no grid cannot be interpolated", hint="restore='copy'")
+        return editor.insert(index, ops.grid_interpolation.default, index, list(grid), self.power)
+
+
+@dataclass(frozen=True)
+class Cached(Restore, name="cached"):
+    """each gets what it had in the previous run: one more input and one more output of the model per place
+
+    For steps that resemble each other, as in diffusion: feed the last outputs back; start with those of a dense step,
+    or zeros.
+    """
+
+    ends = True
+    input: str = "cache"
+
+    def build(self, stream: Stream, plan: Plan) -> Plan:
+        value = stream.rows.meta["val"]
+        return replace(
+            plan, base=stream.editor.input(f"{self.input}_{stream.layer}", tuple(value.shape[1:]), value.dtype)
+        )
