@@ -209,7 +209,7 @@ class StreamRewriter:
         if plan.fuse == "soft":
             after = last_of(plan.assign, rows)
             mix = ops.mix_tokens.default
-            return editor.insert(after, mix, rows, plan.assign, 1, 0, step.start, step.before), None
+            return editor.insert(after, mix, rows, plan.assign, 1, 0, step.start, step.before), plan.size
         weight = plan.weight
         if plan.fuse == "sized" and step.parent is not None:
             weight = self._sizes(step.parent, step.terms)
@@ -543,7 +543,8 @@ class StreamRewriter:
         rows, back = self._rows(node, dims)
         cuts = [r.cut for r in self.regions if r.cut is not None]
         track = lambda n, s: self._track(n, s, parent)  # noqa: E731
-        stream = Stream(self.editor, region, self.whole, rows, start, have, total, self.sites, cuts, track)
+        size = self._sizes(parent, terms) if parent is not None and parent.size is not None else None
+        stream = Stream(self.editor, region, self.whole, rows, start, have, total, size, self.sites, cuts, track)
         plan = self.plan(stream)
         if plan is None:
             return
