@@ -19,7 +19,7 @@ from tokenopt.passes.reduce_tokens import Planner, ReduceTokens
 from tokenopt.pipeline import Pipeline
 from tokenopt.program import Program, flatten_tensors
 from tokenopt.schedule import Schedule
-from tokenopt.tokens.plan import Plan, Refused, Stream
+from tokenopt.tokens.plan import Plan, Refused, Stream, logits_of
 from tokenopt.tokens.recipe import TokenRecipe
 from tokenopt.tokens.score import Learned
 from tokenopt.tokens.select import Threshold
@@ -139,7 +139,7 @@ def distil(
     recipe: TokenRecipe, schedule: Schedule, program: Program, batches: Batches, path: Path, *,
     tokens: int = 20000, steps: int = 400, seed: int = 0,
 ) -> dict[str, float]:  # fmt: skip
-    """Trains a recipe's learned score at each of its places, on what the dense program computes, and writes the weights.
+    """Trains a recipe's learned score at each of its places on what the dense program computes, and writes it.
 
     Args:
         batches: inputs of the program, as flat tensors; no labels.
@@ -165,16 +165,11 @@ def distil(
         segment = stream.insert(aten.slice.Tensor, stream.rows, 1, stream.start, stream.stop)
         if score.target == "confidence":
             return [segment], None
-        site = stream.sites[-1]
-        query, key, _, *rest = site.node.args
-        bias, key_bias = [*rest, None, None][:2]
-        options = {k: site.node.kwargs[k] for k in ("scale", "is_causal") if k in site.node.kwargs}
+        site, first = stream.sites[-1], stream.segment.start
+        logits, options = logits_of(site)
         insert = stream.editor.insert
-        node = insert(site.node, ops.attention_received.default, query, key, bias, key_bias, None, **options)
-        return [
-            segment,
-            insert(node, aten.slice.Tensor, node, 1, stream.segment.start, stream.segment.start + stream.count),
-        ], None
+        node = insert(site.node, ops.attention_received.default, *logits, None, **options)
+        return [segment, insert(node, aten.slice.Tensor, node, 1, first, first + stream.count)], None
 
     seeing, seen = _observe(recipe, schedule, program, look)
     per_place = 1 if score.target == "confidence" else 2

@@ -162,8 +162,8 @@ def mean_tokens(x: Tensor, size: Tensor, dim: int, batch_dim: int, keepdim: bool
 def best_partners(metric: Tensor, size: Tensor | None, start: int, stop: int) -> tuple[Tensor, Tensor]:
     """For each even position of [start, stop) the most similar odd one; tokens of size 0 are not there.
 
-    Shapes:  metric [B, N, D] · size [B, N]  ->  similarity float32 [B, A], -2 where there is none · partner int64 [B, A],
-             counted among the odd positions
+    Shapes:  metric [B, N, D] · size [B, N]  ->  similarity float32 [B, A], -2 where there is none ·
+             partner int64 [B, A], counted among the odd positions
     """
     first_a, first_b = start % 2, 1 - start % 2
     unit = metric[:, start:stop].float()
