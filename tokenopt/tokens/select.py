@@ -501,7 +501,9 @@ class Density(Select, name="dpc_knn"):
 def cells_of(grid: tuple[int, ...], keep: int) -> tuple[int, ...]:
     """A coarser grid of the same proportions with at most ``keep`` cells."""
     cells = [max(1, int(size * (keep / prod(grid)) ** (1 / len(grid)) + 1e-6)) for size in grid]
-    for i in sorted(range(len(grid)), key=lambda i: -grid[i]):  # what rounding left
+    while prod(cells) > keep:  # a side of less than one cell was rounded up
+        cells[cells.index(max(cells))] -= 1
+    for i in sorted(range(len(grid)), key=lambda i: -grid[i]):  # what rounding down left
         while cells[i] < grid[i] and prod(cells) // cells[i] * (cells[i] + 1) <= keep:
             cells[i] += 1
     return tuple(cells)
