@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from itertools import product
 
 import torch
 from torch import Tensor, fx
@@ -202,10 +203,10 @@ def _grid(axes: AxisMap, part: Terms) -> tuple[int, ...] | None:
         return None
     for node in axes.program.graph.nodes:
         dims = axes.dims(node) if isinstance(node.meta.get("val"), Tensor) else None
-        for i, dim in enumerate(dims or ()):
-            for count in (2, 3):
-                if dim and dim[0] == part[0] and sum(dims[i : i + count], ()) == part and all(dims[i : i + count]):
-                    return tuple(length(d) for d in dims[i : i + count])
+        for i, count in product(range(len(dims or ()) - 1), (2, 3)):
+            some = dims[i : i + count]
+            if len(some) == count and all(some) and some[0][0] == part[0] and sum(some, ()) == part:
+                return tuple(length(d) for d in some)
     return tuple(t.size for t in part) if len(part) < 4 else None
 
 

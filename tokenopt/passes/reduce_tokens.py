@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any, ClassVar
 
@@ -84,8 +84,12 @@ class ReduceTokens(Pass):
             groups: dict[Terms, list[StreamCut]] = {}
             for cut in cuts:
                 groups.setdefault(cut.segment.terms, []).append(cut)
-            for group in _largest(groups, place).values():
-                self._stream(editor, axes, own, group, planner, result)
+            for terms, group in groups.items():
+                why = _too_short(length(terms), map(length, groups), place)
+                if why is not None:
+                    result.refusals += [Refusal(cut.site.id, *why) for cut in group]
+                else:
+                    self._stream(editor, axes, own, group, planner, result)
         editor.finish()
         result.refusals += planner.refusals
         return result
@@ -127,8 +131,9 @@ class ReduceTokens(Pass):
         result: PassResult,
     ) -> None:  # fmt: skip
         recipe, on_stream = planner.recipe, {c.site: c for c in cuts}
+        longest = max((s.axis.reducible.length for s in sites if s.axis and s.axis.reducible), default=0)
         for region in recipe.place.regions(cuts, sites, False):
-            site, why = region.site, _not_inside(region.site, recipe)
+            site, why = region.site, _not_inside(region.site, longest, recipe)
             try:
                 if why is not None:
                     raise Refused(*why)
@@ -143,13 +148,14 @@ class ReduceTokens(Pass):
                 result.edits.append(edit)
 
 
-def _not_inside(site: AttentionSite, recipe: TokenRecipe) -> tuple[str, str] | None:
+def _not_inside(site: AttentionSite, longest: int, recipe: TokenRecipe) -> tuple[str, str] | None:
     """Why queries, keys and values of an attention cannot be reduced, and what to do."""
     if site.refusal is not None:
         return site.refusal.why, site.refusal.hint
     if site.axis is None or site.axis.reducible is None:
         return "no segment of its tokens comes from the input", "nothing to reduce here"
-    return _no_grid(site.axis.reducible, recipe)
+    segment = site.axis.reducible
+    return _too_short(segment.length, [longest], recipe.place) or _no_grid(segment, recipe)
 
 
 def _no_grid(segment: Segment, recipe: TokenRecipe) -> tuple[str, str] | None:
@@ -159,12 +165,12 @@ def _no_grid(segment: Segment, recipe: TokenRecipe) -> tuple[str, str] | None:
     return None
 
 
-def _largest(groups: dict[Terms, list[StreamCut]], place: Place) -> dict[Terms, list[StreamCut]]:
-    """The sequences that a place inside attention does not leave out for being short."""
-    if not isinstance(place, Attention) or not place.downsample:
-        return groups
-    longest = max((length(t) for t in groups), default=0)
-    return {t: g for t, g in groups.items() if length(t) * place.downsample**2 >= longest}
+def _too_short(count: int, counts: Iterable[int], place: Place) -> tuple[str, str] | None:
+    """Why a sequence is left out by a place inside attention that takes the longest ones only."""
+    longest = max(counts, default=0)
+    if not isinstance(place, Attention) or not place.downsample or count * place.downsample**2 >= longest:
+        return None
+    return f"its {count} tokens are fewer than the {longest} of the longest sequence", "place=attention reduces all"
 
 
 def _with_segment(cuts: list[StreamCut], name: str) -> list[StreamCut]:
