@@ -21,6 +21,7 @@ from tokenopt.errors import Refusal, UsageError
 from tokenopt.fitting import fit, needs_data
 from tokenopt.inspection import axis_dict, refusal_of
 from tokenopt.parity import Parity
+from tokenopt.passes.flatten_grids import FlattenGrids
 from tokenopt.passes.fold_constants import FoldConstants
 from tokenopt.passes.raise_attention import RaiseAttention
 from tokenopt.passes.reduce_tokens import ReduceTokens
@@ -113,7 +114,7 @@ def optimize(
         done = stage("rewrite")
         written = weights or Path(scratch) / "scorer.safetensors"
         steps = [_fitted(s, program, data, written) for s in _steps(passes, recipe, schedule, settings, short_outputs)]
-        canonical = Pipeline([FoldConstants(), RaiseAttention()]).run(program)
+        canonical = Pipeline([FoldConstants(), RaiseAttention(), FlattenGrids()]).run(program)
         if budget is not None:
             steps = _budgeted(steps, Budget.parse(budget), canonical.program)
         reducing = [s for s in steps if isinstance(s, ReduceTokens)]
@@ -137,7 +138,7 @@ def _steps(
         return parse_passes(passes) if isinstance(passes, str) else list(passes)
     reduce = ReduceTokens(_recipe(recipe), schedule, dict(settings or {}), short)
     reduce.resolved()  # a wrong recipe or schedule is an error before any work is done
-    return [FoldConstants(), RaiseAttention(), reduce, RemoveDead()]
+    return [FoldConstants(), RaiseAttention(), FlattenGrids(), reduce, RemoveDead()]
 
 
 def _fitted(step: Pass, program: Program, data: Sequence[Sequence[Tensor]] | None, weights: str | Path) -> Pass:
@@ -204,7 +205,7 @@ def _report(
     sites, token_axes = find_sites(axes)
     _, refusals = find_cuts(axes, sites)
     refusals = _unique([*result.refusals, *refusals])
-    canonical_names = {"fold-constants", "raise-attention", "remove-dead"}
+    canonical_names = {"fold-constants", "raise-attention", "flatten-grids", "remove-dead"}
     edits = [e for e in result.edits if e.pass_spec.split("{")[0] not in canonical_names]
     before, after = _token_counts(sites, result.program)
     leaving = {e.site: e.after for e in edits}

@@ -242,6 +242,7 @@ def find_cuts(
     return [c for c in cuts if c not in wasted], refusals
 
 
+_INSIDE = "reduce inside attention, with recipe tomesd or supertoken and place=attention{of=qkv}"
 _OTHERS = "reduce the self-attention sites of its streams"
 
 
@@ -261,7 +262,7 @@ def _cut_of(axes: AxisMap, site: AttentionSite, flow: nx.DiGraph) -> tuple[fx.No
         return Refusal(
             site.id,
             f"it attends within windows or frames: its {site.axis} tokens are a part of each sample's",
-            "use a local attention pattern here, or reduce the sites that attend to all tokens",
+            f"{_INSIDE}, each window or frame by itself",
         )
     query = site.node.args[0]
     above = nx.ancestors(flow, query) | {query}
@@ -281,7 +282,7 @@ def _cut_of(axes: AxisMap, site: AttentionSite, flow: nx.DiGraph) -> tuple[fx.No
                 return Refusal(
                     site.id,
                     f"the stream holds its {site.axis} tokens as a grid, {sizes}",
-                    "use a local attention pattern here",
+                    f"run flatten-grids before, or {_INSIDE}",
                 )
             continue
         problem = _stream_problem(axes, node, segment, site)
@@ -289,7 +290,7 @@ def _cut_of(axes: AxisMap, site: AttentionSite, flow: nx.DiGraph) -> tuple[fx.No
             return problem
         entry, update = sorted(operands, key=lambda n: n not in above)
         return entry, update, _last_of_sum(axes, node, above)
-    return Refusal(site.id, "no residual sum follows it that carries its tokens", "its tokens go their own way here")
+    return Refusal(site.id, "no residual sum follows it that carries its tokens", _INSIDE)
 
 
 def _attention_input(axes: AxisMap, site: AttentionSite, entry: fx.Node, flow: nx.DiGraph) -> fx.Node | None:
@@ -344,7 +345,7 @@ def _stream_problem(axes: AxisMap, node: fx.Node, segment: Segment, site: Attent
             site.id,
             f"its tokens are a window or a part of a grid in {module_path(node) or node.name}: "
             f"{' x '.join(str(length(d)) for d in dims[1:])}",
-            "use a local attention pattern here",
+            _INSIDE,
         )
     if axes.batch and dims.count(axes.batch) != 1:
         return Refusal(site.id, "the stream has no batch dimension of its own", "capture it with a batch dimension")
@@ -439,7 +440,7 @@ def _does_not_pay(cut: StreamCut) -> Refusal:
     return Refusal(
         cut.site.id,
         f"{where} ({effect.node.target}) needs all {cut.axis.length} tokens right behind it: {effect.why}",
-        "nothing between them would get faster; use a local attention pattern here",
+        f"nothing between them would get faster; {_INSIDE}",
     )
 
 

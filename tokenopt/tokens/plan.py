@@ -18,6 +18,9 @@ aten = torch.ops.aten
 ops = torch.ops.tokenopt
 
 
+_GRID = "use it before other reductions, on tokens of an image, or a recipe without a grid, such as tome or fopru"
+
+
 class Refused(Exception):
     """A recipe cannot be applied at a place; it becomes a `Refusal` of that place.
 
@@ -160,10 +163,18 @@ class Stream:
             Refused: if they form none, or not any more.
         """
         grid = self.segment.grid
-        if self.count != self.segment.length or grid is None or prod(grid) != self.count:
-            why = f"it needs all tokens of a grid, and there are {self.count} of {self.segment.length} tokens in none"
-            raise Refused(why, "use it before other reductions, on tokens that come from an image")
+        if self.count != self.segment.length:
+            raise Refused(f"it needs all tokens of a grid, and {self.count} of {self.segment.length} are left", _GRID)
+        if grid is None or prod(grid) != self.count:
+            raise Refused(f"it needs a grid, and these {self.count} tokens form none", _GRID)
         return grid
+
+    @property
+    def image(self) -> tuple[int, int]:
+        """The same where it has rows and columns only. Raises: Refused."""
+        if len(self.grid) != 2:
+            raise Refused(f"it needs an image, and its tokens are a grid of {'x'.join(map(str, self.grid))}", _GRID)
+        return self.grid
 
     # -- attention -----------------------------------------------------------------------------------------------------
 
