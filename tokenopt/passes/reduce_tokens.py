@@ -112,6 +112,7 @@ class ReduceTokens(Pass):
         if recipe.positions:
             rewriter.return_positions()
         result.edits += rewriter.edits
+        result.refusals += rewriter.refusals
 
     def _inside(
         self, editor: GraphEditor, axes: AxisMap, sites: list[AttentionSite], cuts: list[StreamCut], planner: _Planner,

@@ -43,7 +43,9 @@ class Plan:
         weight: [B, N]; None is ones.
         assign, spread: a soft plan for the reducible segment of n tokens: new = assign @ old, assign [B or 1, M, n];
             restored = spread @ new, with spread [B or 1, n, M].
-        base: [B, N, C], what removed tokens are restored from instead of from a kept place.
+        base: what removed tokens are restored from instead of from a kept place: given the kept tokens of a value,
+            [B, M, ...], and N, the [B, N, ...] to put them into.
+        returned: the name of an output of the model for the restored value.
     """
 
     index: fx.Node
@@ -53,7 +55,8 @@ class Plan:
     weight: fx.Node | None = None
     assign: fx.Node | None = None
     spread: fx.Node | None = None
-    base: fx.Node | None = None
+    base: Callable[[fx.Node, int], fx.Node] | None = None
+    returned: str = ""
 
 
 @dataclass(frozen=True)

@@ -91,6 +91,8 @@ class TokenRecipe:
                 f"restore '{self.restore.name}' does not go with place '{self.place.name}'",
                 "place block, range, attention or exit",
             )
+        if self.place.name == "attention" and self.restore.name == "canvas":
+            raise wrong("inside attention removed tokens have no features of their own to keep", "restore zero or copy")
         if self.place.outputs and self.restore.outputs:
             raise wrong(f"place '{self.place.name}' shortens outputs, and restore '{self.restore.name}' undoes it",
                         "restore none")  # fmt: skip
