@@ -47,10 +47,9 @@ from tokenopt.program import Program, capture
 from tokenopt.tokens.recipe import TokenRecipe
 
 BASELINES = ("random", "uniform-grid")
-OUTPUT = ("output", "boundary")  # places where the encoder's features leave
 PUBLISHED_LAYERS = 12  # layers in a recipe's schedule are those of the paper's 12-layer model
 STRONGEST = (0.97, 0.8, 0.5, 0.2)  # how much a schedule removes at most: the first that the recipe takes
-CLOSE, NEAR = 0.01, 0.03  # a ratio is good enough to stop at; is good enough to stand in its column
+CLOSE, NEAR = 0.01, 0.04  # a ratio is good enough to stop at; is good enough to stand in its column
 REWRITES = 6  # at most, per ratio
 
 
@@ -249,7 +248,7 @@ def measure(task: Task, trials: Sequence[Trial], denses: Sequence[Dense], name: 
             if found is not None:
                 program, measured, schedule = found
                 programs = [_of_seed(program, recipe, schedule, denses, i) for i in range(len(trials))]
-                if not row.cells and _name(recipe.score) != "random":
+                if not row.cells and not _draws(recipe):
                     _check(programs[-1], rewrite(denses[-1], recipe, schedule), trials[-1])
                 scores = (t.score(p.flat(*t.inputs)[0]) for p, t in zip(programs, trials, strict=True))
                 row.cells[ratio] = Cell(measured, tuple(scores))
@@ -271,40 +270,26 @@ def _placed(recipe: TokenRecipe, task: Task) -> TokenRecipe:
     Raises:
         Inapplicable: if it acts where the task does not look.
     """
-    at_output = _name(recipe.place) in OUTPUT
-    if at_output and not task.features:
+    if recipe.place.outputs and not task.features:
         raise Inapplicable("it shortens the encoder's output: see the tasks named -features")
-    if at_output or not task.features:
+    if recipe.place.outputs or not task.features:
         return recipe
     if recipe.name not in BASELINES:
         raise Inapplicable("it acts inside the encoder: see the tasks without -features")
-    recipe = replace(recipe, schedule={"keep": 0.5})
-    return _with_first(recipe, [{"place": place, "restore": "none"} for place in OUTPUT])
+    return replace(recipe, schedule={"keep": 0.5}).with_settings({"place": "output", "restore": "none"})
 
 
-def _name(part: Any) -> str:
-    """What a part of a recipe is called, which may be an object or the name itself."""
-    return getattr(part, "name", part)
-
-
-def _with_first(recipe: TokenRecipe, choices: Sequence[Mapping[str, Any]]) -> TokenRecipe:
-    """The recipe with the first settings that it knows."""
-    for settings in choices:
-        try:
-            return recipe.with_settings(settings)
-        except UsageError as error:
-            last = error
-    raise last
+def _draws(recipe: TokenRecipe) -> bool:
+    """Whether its positions are random numbers."""
+    return recipe.score is not None and recipe.score.name == "random"
 
 
 def _of_seed(
     program: Program, recipe: TokenRecipe, schedule: Mapping[str, Any], denses: Sequence[Dense], seed: int
 ) -> Program:
     """The rewritten program for the model of a seed; random positions are drawn anew for each."""
-    if _name(recipe.score) == "random":
-        number = 1000 * seed  # far apart: layers count on from it
-        recipe = _with_first(recipe, [{"score.seed": number}, {"seed": number}])
-        return rewrite(denses[seed], recipe, schedule)
+    if _draws(recipe):  # seeds far apart: layers count on from them
+        return rewrite(denses[seed], recipe.with_settings({"score.seed": 1000 * seed}), schedule)
     return with_weights(program, denses[seed].program) if denses[seed] is not denses[0] else program
 
 
@@ -367,11 +352,11 @@ def _notes(rows: Mapping[str, Row], ratios: Sequence[float], unit: str) -> list[
             lines.append(f"- `{baseline}` {won}.")
     for name, row in rows.items():
         if row.cells and len(row.cells) < len(ratios):
-            lines.append(f"- {name} has no schedule within {NEAR} of –; its least is {row.least:.2f} of the {unit}.")
+            lines.append(f"- –: {name} has no schedule within {NEAR} of that; its least is {row.least:.2f}.")
     reasons: dict[str, list[str]] = {}
     for name, row in rows.items():
         if not row.cells:
-            reason = row.reason or f"no less than {row.least:.2f} of the {unit}"
+            reason = row.reason or f"no schedule within {NEAR} of a column; the least is {row.least:.2f} of the {unit}"
             reasons.setdefault(reason, []).append(name)
     return lines + [f"- not here: {', '.join(names)}: {reason}." for reason, names in reasons.items()]
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from math import prod
+from math import isqrt, prod
 from typing import Any
 
 import torch
@@ -87,6 +87,81 @@ def _nearest(node: fx.Node, shape: Shapes) -> float:
     return 2.0 * batch * places * shape(node.args[2])[1] * shape(node.args[0])[-1]
 
 
+def _segment(node: fx.Node) -> int:
+    """The free tokens of an operation on (..., start, stop)."""
+    return node.args[-1] - node.args[-2]
+
+
+def _received(node: fx.Node, shape: Shapes) -> float:
+    return 2.0 * prod(shape(node.args[0])) * shape(node.args[1])[-2]
+
+
+def _pairs(node: fx.Node, shape: Shapes) -> float:
+    """Similarities of all free tokens with each other."""
+    batch, _, inner = shape(node.args[0])
+    return 2.0 * batch * _segment(node) ** 2 * inner
+
+
+def _cut(node: fx.Node, shape: Shapes) -> float:
+    batch, _, inner = shape(node.args[0])
+    return 2.0 * batch * _segment(node) ** 2 * (inner + node.args[2] + 2)
+
+
+def _entropy(node: fx.Node, shape: Shapes) -> float:
+    batch, _, *sizes = shape(node.args[0])
+    return 2.0 * batch * prod(sizes) * (isqrt(node.args[2] - 1) + 1) ** 2
+
+
+def _mix(node: fx.Node, shape: Shapes) -> float:
+    _, places, count = shape(node.args[1])
+    total = shape(node.args[0])[node.args[2]] - count + places
+    return 2.0 * prod(shape(node)) / total * places * count
+
+
+def _association(node: fx.Node, shape: Shapes) -> float:
+    batch, _, channels = shape(node.args[0])
+    grid, cells, iterations = node.args[1:4]
+    return 4.0 * batch * prod(grid) * prod(cells) * channels * iterations
+
+
+def _neighbours(node: fx.Node, shape: Shapes) -> float:
+    batch, places = shape(node.args[2])
+    return 2.0 * batch * places * _segment(node) * shape(node.args[0])[-1]
+
+
+def _match_partition(node: fx.Node, shape: Shapes) -> float:
+    batch, _, inner = shape(node.args[0])
+    return 2.0 * batch * shape(node.args[1])[-1] * shape(node.args[2])[-1] * inner if node.args[3] else 0.0
+
+
+def _farthest(node: fx.Node, shape: Shapes) -> float:
+    return _pairs(node, shape) if node.args[2] < _segment(node) else 0.0
+
+
+def _dpp(node: fx.Node, shape: Shapes) -> float:
+    batch, _, inner = shape(node.args[0])
+    free, k = _segment(node), node.args[2]  # each step but the last projects on those chosen before
+    return 2.0 * batch * free * (free * inner + (k - 1) * (k - 2) / 2) if k < free else 0.0
+
+
+def _diverse(node: fx.Node, shape: Shapes) -> float:
+    batch, _, inner = shape(node.args[1])
+    free, (important, k) = _segment(node), node.args[2:4]
+    return 2.0 * batch * free**2 * inner if important < k < free else 0.0
+
+
+def _contextual(node: fx.Node, shape: Shapes) -> float:
+    batch, _, inner = shape(node.args[1])
+    dominant, contextual = node.args[2:4]
+    return 2.0 * batch * (_segment(node) - dominant - contextual) * contextual * inner
+
+
+def _kmeans(node: fx.Node, shape: Shapes) -> float:
+    batch, _, inner = shape(node.args[0])
+    free, (k, iterations) = _segment(node), node.args[1:3]
+    return 2.0 * batch * k * inner * (2 * iterations * free + free - k)
+
+
 def _ours() -> dict[Any, Callable[[fx.Node, Shapes], float]]:
     import tokenopt.ops  # noqa: F401  (registers the operations)
 
@@ -97,6 +172,22 @@ def _ours() -> dict[Any, Callable[[fx.Node, Shapes], float]]:
         ops.match_bipartite.default: _match,
         ops.merge_tokens.default: _merge,
         ops.nearest_tokens.default: _nearest,
+        ops.attention_received.default: _received,
+        ops.token_energy.default: _pairs,
+        ops.ncut_partition.default: _cut,
+        ops.patch_entropy.default: _entropy,
+        ops.mix_tokens.default: _mix,
+        ops.soft_association.default: _association,
+        ops.neighbour_weights.default: _neighbours,
+        ops.match_partition.default: _match_partition,
+        ops.match_threshold.default: lambda node, shape: _pairs(node, shape) / 4,
+        ops.best_partners.default: lambda node, shape: _pairs(node, shape) / 4,
+        ops.select_farthest.default: _farthest,
+        ops.select_dpp.default: _dpp,
+        ops.select_diverse.default: _diverse,
+        ops.select_contextual.default: _contextual,
+        ops.cluster_kmeans.default: _kmeans,
+        ops.cluster_density.default: _pairs,
     }
 
 

@@ -9,6 +9,7 @@ from torch import fx
 
 from tokenopt.analysis.axes import AxisMap
 from tokenopt.analysis.cuts import offset_in
+from tokenopt.analysis.sites import AttentionSite
 from tokenopt.graph import GraphEditor, add_output
 from tokenopt.program import Edit
 from tokenopt.tokens.plan import Plan, Refused, Region, Stream
@@ -18,8 +19,8 @@ ops = torch.ops.tokenopt
 
 
 def reduce_inside(
-    editor: GraphEditor, axes: AxisMap, region: Region, plan: Callable[[Stream], Plan | None], *, spec: str,
-    proportional: bool,
+    editor: GraphEditor, axes: AxisMap, region: Region, sites: list[AttentionSite],
+    plan: Callable[[Stream], Plan | None], *, spec: str, proportional: bool,
 ) -> Edit | None:  # fmt: skip
     """Lets one attention run on fewer tokens; its result has all of them again.
 
@@ -40,7 +41,7 @@ def reduce_inside(
         raise Refused("its tokens are no sequence", "reduce another one")
     total = query.meta["val"].shape[2]
     rows = _rows(editor, axes, region, query, key, value)
-    stream = Stream(editor, region, segment, rows, start, segment.length, total, [site])
+    stream = Stream(editor, region, segment, rows, start, segment.length, total, None, sites)
     made = plan(stream)
     if made is None:
         return None

@@ -11,7 +11,7 @@ from torch import fx
 
 import tokenopt.ops  # noqa: F401  (registers the operations)
 from tokenopt.analysis.axes import AxisMap, Effect, EffectKind, tensor_operands
-from tokenopt.analysis.cuts import contains, decide, offset_in, reduced_length
+from tokenopt.analysis.cuts import Decision, contains, decide, offset_in, reduced_length
 from tokenopt.analysis.sites import AttentionSite, Segment
 from tokenopt.analysis.terms import Cat, Dims, Terms, length
 from tokenopt.errors import IllegalReduction, Refusal
@@ -131,6 +131,8 @@ class StreamRewriter:
         chain = set(_chain(version))
         if decision.barrier is None and any(self.value[n][1] not in chain for n in operands):
             decision.barrier = Effect(node, operands[0], 0, EffectKind.LAYOUT, "it joins tokens of two reductions")
+        if decision.barrier is None and self._is_virtual(node, decision):
+            decision.barrier = Effect(node, operands[0], 0, EffectKind.ALIGN, "it is seen with all positions")
         if decision.barrier is None:
             for operand in decision.align:
                 if version.readers is not None and operand in self.learned:
@@ -144,6 +146,8 @@ class StreamRewriter:
         if decision.barrier is not None:
             new = {n: self._restore(n) for n in operands}
             self._replace(node, new)
+            if self.restore.name == "virtual" and node in self.attentions:
+                self.value[node] = (self._averaged(node, version), version)
             return
         for operand in operands:
             new[operand] = self._convert(operand, version)
@@ -168,6 +172,30 @@ class StreamRewriter:
             return False
         version = self.value[operand][1]
         return version.readers is None or operand is not version.stream or node in version.readers
+
+    def _is_virtual(self, node: fx.Node, decision: Decision) -> bool:
+        """Whether an operation is to see all tokens although fewer are there: positions, and attention behind them."""
+        if self.restore.name != "virtual":
+            return False
+        placed = any(n not in self.learned or n not in self.axes.data for n in decision.align)
+        return placed or (node in self.attentions and any(n not in self.value for n in node.args[:2]))
+
+    def _averaged(self, node: fx.Node, version: _Version) -> fx.Node:
+        """The result [B, H, N, D] of an attention over all tokens, averaged over those that are one token now."""
+        insert = self.editor.insert
+        heads, _, width = node.meta["val"].shape[1:]
+        rows = insert(node, aten.permute.default, node, [0, 2, 1, 3])
+        rows = insert(rows, aten.flatten.using_ints, rows, 2, 3)
+        for step in reversed(_chain(version)):
+            if step.plan.fuse != "sized" or step.terms != self.axes.dims(node)[2]:
+                raise IllegalReduction(
+                    "tokens are unmerged virtually where they were not merged by size",
+                    where=f"{node.name} ({module_path(node)})",
+                    hint="restore='copy', or fuse='weighted'",
+                )
+            rows, _ = self._fused(step.plan, rows, step)
+        rows = insert(rows, aten.unflatten.int, rows, 2, [heads, width])
+        return insert(rows, aten.permute.default, rows, [0, 2, 1, 3])
 
     def _replace(self, node: fx.Node, new: Mapping[fx.Node, fx.Node]) -> None:
         swap = lambda n: new.get(n, n)  # noqa: E731
@@ -220,7 +248,7 @@ class StreamRewriter:
         if plan.fuse == "soft":
             after = last_of(plan.assign, rows)
             mix = ops.mix_tokens.default
-            return editor.insert(after, mix, rows, plan.assign, 1, 0, step.start, step.before), None
+            return editor.insert(after, mix, rows, plan.assign, 1, 0, step.start, step.before), plan.size
         weight = plan.weight
         if plan.fuse == "sized" and step.parent is not None:
             weight = self._sizes(step.parent, step.terms)
@@ -580,7 +608,8 @@ class StreamRewriter:
         rows, back = self._rows(node, dims)
         cuts = [r.cut for r in self.regions if r.cut is not None]
         track = lambda n, s: self._track(n, s, parent)  # noqa: E731
-        stream = Stream(self.editor, region, self.whole, rows, start, have, total, self.sites, cuts, track)
+        size = self._sizes(parent, terms) if parent is not None and parent.size is not None else None
+        stream = Stream(self.editor, region, self.whole, rows, start, have, total, size, self.sites, cuts, track)
         plan = self.plan(stream)
         if plan is None:
             return

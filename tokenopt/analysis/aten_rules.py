@@ -614,7 +614,7 @@ def topk(axes: Axes, node: fx.Node) -> list[Dims]:
 # -- our own operations: each reduction starts an axis of its own -----------------------------------------------------
 
 
-@axis_rule("tokenopt.gather_tokens tokenopt.mean_tokens")
+@axis_rule("tokenopt.gather_tokens tokenopt.mean_tokens tokenopt.mix_tokens")
 def gathered(axes: Axes, node: fx.Node) -> Dims:
     dims = axes.of(node.args[0])
     shape = axes.shape(node.meta["val"])
@@ -627,17 +627,35 @@ def gathered(axes: Axes, node: fx.Node) -> Dims:
     )
 
 
-@axis_rule("tokenopt.merge_tokens tokenopt.match_bipartite tokenopt.select_topk tokenopt.attention_probe "
-           "tokenopt.token_map tokenopt.nearest_tokens")  # fmt: skip
+@axis_rule("tokenopt.scatter_tokens")
+def scattered(axes: Axes, node: fx.Node) -> Dims:
+    operand, _, base, dim = node.args[:4]
+    axes.effect(node, operand, dim, EffectKind.LAYOUT, "tokens are put back here")
+    axes.effect(node, base, dim, EffectKind.LAYOUT, "some of its tokens are replaced")
+    return axes.of(base)
+
+
+@axis_rule(
+    "tokenopt.merge_tokens tokenopt.match_bipartite tokenopt.match_partition tokenopt.match_threshold "
+    "tokenopt.best_partners tokenopt.shared_threshold tokenopt.partition_energy tokenopt.select_topk "
+    "tokenopt.select_rows tokenopt.select_groups tokenopt.select_farthest tokenopt.select_dpp tokenopt.select_diverse "
+    "tokenopt.select_contextual tokenopt.select_cells tokenopt.cluster_kmeans tokenopt.cluster_density "
+    "tokenopt.attention_probe tokenopt.attention_received tokenopt.token_norm tokenopt.token_energy "
+    "tokenopt.token_transition tokenopt.centre_similarity tokenopt.text_similarity tokenopt.patch_variance "
+    "tokenopt.patch_entropy tokenopt.ncut_partition tokenopt.sink_rows tokenopt.massive_activation "
+    "tokenopt.boost_neighbours tokenopt.token_map tokenopt.nearest_tokens tokenopt.soft_association "
+    "tokenopt.neighbour_weights tokenopt.grid_interpolation tokenopt.segment_association tokenopt.shares"
+)
 def reduction(axes: Axes, node: fx.Node) -> Any:
     operand = node.args[0]
     dims = axes.of(operand)
-    for dim in range(1, len(dims)):
-        axes.effect(node, operand, dim, EffectKind.LAYOUT, "tokens are reduced here")
+    for other in tensor_operands(node):
+        for dim in range(1, len(axes.of(other))):
+            axes.effect(node, other, dim, EffectKind.LAYOUT, "tokens are reduced here")
 
     def out(value: Tensor) -> Dims:
         shape = axes.shape(value)
-        channels = dims[-1] if len(shape) == 3 and len(dims) == 3 else None
+        channels = dims[-1] if len(shape) == 3 and node.target is torch.ops.tokenopt.merge_tokens.default else None
         return tuple(
             dims[0] if i == 0 else channels if i == 2 and channels is not None else axes.fresh(s, node, i)
             for i, s in enumerate(shape)

@@ -156,3 +156,65 @@ def mean_tokens(x: Tensor, size: Tensor, dim: int, batch_dim: int, keepdim: bool
         size = size.transpose(0, 1)
     weight = size.reshape(shape).to(x.dtype)
     return (x * weight).sum(dim, keepdim) / weight.sum(dim, keepdim)
+
+
+@op("(Tensor metric, Tensor? size, int start, int stop) -> (Tensor, Tensor)")
+def best_partners(metric: Tensor, size: Tensor | None, start: int, stop: int) -> tuple[Tensor, Tensor]:
+    """For each even position of [start, stop) the most similar odd one; tokens of size 0 are not there.
+
+    Shapes:  metric [B, N, D] · size [B, N]  ->  similarity float32 [B, A], -2 where there is none ·
+             partner int64 [B, A], counted among the odd positions
+    """
+    first_a, first_b = start % 2, 1 - start % 2
+    unit = metric[:, start:stop].float()
+    unit = unit / unit.norm(dim=-1, keepdim=True).clamp_min(1e-12)
+    similar = unit[:, first_a::2] @ unit[:, first_b::2].transpose(1, 2)
+    if size is not None:
+        there = size[:, start:stop] > 0
+        similar = torch.where(there[:, first_a::2, None] & there[:, None, first_b::2], similar, -2.0)
+    best, partner = similar.max(-1)
+    return best, partner
+
+
+@op("(Tensor metric, Tensor? size, Tensor threshold, int start, int stop) -> (Tensor, Tensor, Tensor, Tensor)")
+def match_threshold(
+    metric: Tensor, size: Tensor | None, threshold: Tensor, start: int, stop: int
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Bipartite matching that merges every pair above a threshold: a soft plan of static size, with the dead last.
+
+    Shapes:  metric [B, N, D] · size [B, N] (None is ones) · threshold []  ->  index int64 [B, N] · assign [B, n, n] ·
+             spread [B, n, n] · size [B, N], 0 for places that hold nothing; n = stop - start
+    The order is that of match_bipartite: protected head, unmerged A ascending, B ascending, nothing, protected tail.
+    Source:  Wang et al., DyMU, arXiv:2504.17040, sec. 3.1 (DToMe).
+    """
+    best, partner = best_partners(metric, size, start, stop)
+    count, offset = stop - start, start % 2
+    here = torch.arange(count, device=metric.device)[None]
+    source = (here % 2 == offset).expand(metric.shape[0], -1)
+    pair = ((here - offset) // 2).clamp_min(0).expand(metric.shape[0], -1)
+    pair = pair.clamp_max(best.shape[1] - 1)
+    merges = source & (best > threshold).gather(1, pair)
+    home = torch.where(merges, (2 * partner + 1 - offset).gather(1, pair), here)
+    member = (home[:, :, None] == here[:, None]).float()  # [B, old, new]
+    total = torch.ones_like(home, dtype=torch.float32) if size is None else size[:, start:stop].float()
+    weighted = member.transpose(1, 2) * total[:, None, :]
+    after = weighted.sum(-1)
+    order = torch.where(after > 0, here + count * (~source).to(here.dtype), here + 2 * count).argsort(-1)
+    columns = order[:, :, None].expand(-1, -1, count)
+    assign = (weighted / after.clamp_min(1e-12)[..., None]).gather(1, columns)
+    spread = member.transpose(1, 2).gather(1, columns).transpose(1, 2)
+    around = torch.ones_like(metric[:, :, 0], dtype=torch.float32) if size is None else size.float()
+    sizes = torch.cat([around[:, :start], after.gather(1, order), around[:, stop:]], 1)
+    return _around(start + order, start, stop, metric.shape[1]), assign, spread, sizes
+
+
+@op("(Tensor similarity, int r) -> Tensor")
+def shared_threshold(similarity: Tensor, r: int) -> Tensor:
+    """The similarity below which edges do not merge if, of all samples together, r per sample do: []
+
+    Shapes:  similarity [B, A]  ->  float32 [], at least 0
+    Source:  Wang et al., DyMU, arXiv:2504.17040, eq. 3.
+    """
+    ranked = similarity.flatten().float().sort(descending=True).values
+    last = (torch.ones_like(similarity[:, 0], dtype=torch.int64).sum() * r).clamp_max(ranked.shape[0] - 1)
+    return ranked.gather(0, last[None])[0].clamp_min(0.0)

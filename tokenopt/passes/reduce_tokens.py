@@ -61,7 +61,11 @@ class ReduceTokens(Pass):
         return replace(self, neutral=True)
 
     def run(self, program: Program) -> PassResult:
-        recipe, schedule = self.resolved()
+        return self.apply(program, Planner(*self.resolved(), self.neutral))
+
+    def apply(self, program: Program, planner: Planner) -> PassResult:
+        """Visits the recipe's places with a planner of one's own; one that plans nothing only looks."""
+        recipe = planner.recipe
         axes = propagate(program)
         sites, _ = find_sites(axes)
         own = [s for s in sites if s.kind in ("self", "joint")]
@@ -69,7 +73,6 @@ class ReduceTokens(Pass):
         cuts, refusals = find_cuts(axes, sites, paying=place.streams)
         result = PassResult(refusals=refusals if place.streams or place.of == "input" else [])
         editor = GraphEditor(program)
-        planner = _Planner(recipe, schedule, len(own), self.neutral, result.refusals)
         if isinstance(place, Attention) and place.of == "qkv":
             self._inside(editor, axes, own, cuts, planner, result)
         else:
@@ -81,10 +84,11 @@ class ReduceTokens(Pass):
             for group in _largest(groups, place).values():
                 self._stream(editor, axes, own, group, planner, result)
         editor.finish()
+        result.refusals += planner.refusals
         return result
 
     def _stream(
-        self, editor: GraphEditor, axes: AxisMap, sites: list[AttentionSite], cuts: list[StreamCut], planner: _Planner,
+        self, editor: GraphEditor, axes: AxisMap, sites: list[AttentionSite], cuts: list[StreamCut], planner: Planner,
         result: PassResult,
     ) -> None:  # fmt: skip
         recipe, segment = planner.recipe, cuts[0].segment
@@ -115,7 +119,7 @@ class ReduceTokens(Pass):
         result.refusals += rewriter.refusals
 
     def _inside(
-        self, editor: GraphEditor, axes: AxisMap, sites: list[AttentionSite], cuts: list[StreamCut], planner: _Planner,
+        self, editor: GraphEditor, axes: AxisMap, sites: list[AttentionSite], cuts: list[StreamCut], planner: Planner,
         result: PassResult,
     ) -> None:  # fmt: skip
         on_stream = {c.site: c for c in cuts}
@@ -124,8 +128,9 @@ class ReduceTokens(Pass):
                 continue
             region = replace(region, cut=on_stream.get(region.site))
             try:
-                edit = reduce_inside(editor, axes, region, planner, spec=self.spec,
-                                     proportional=planner.recipe.proportional)  # fmt: skip
+                edit = reduce_inside(
+                    editor, axes, region, sites, planner, spec=self.spec, proportional=planner.recipe.proportional
+                )
             except Refused as refused:
                 result.refusals.append(Refusal(region.site.id, refused.why, refused.hint))
                 continue
@@ -153,14 +158,22 @@ def _with_segment(cuts: list[StreamCut], name: str) -> list[StreamCut]:
 
 
 @dataclass
-class _Planner:
-    """Turns a recipe and a schedule into the plan at each place."""
+class Planner:
+    """Turns a recipe and a schedule into the plan at each place.
+
+    Attributes:
+        neutral: plan the removal of nothing.
+        refusals: what could not be planned.
+    """
 
     recipe: TokenRecipe
     schedule: Schedule
-    layers: int
-    neutral: bool
-    refusals: list[Refusal]
+    neutral: bool = False
+    refusals: list[Refusal] = field(default_factory=list)
+
+    def kept(self, stream: Stream) -> int:
+        """How many tokens the schedule keeps at a place."""
+        return self.schedule.kept(stream.layer, len(stream.sites), stream.count)
 
     def __call__(self, stream: Stream) -> Plan | None:
         recipe, have, site = self.recipe, stream.count, stream.region.site
@@ -170,11 +183,11 @@ class _Planner:
                 raise Refused(why, "use a recipe that drops tokens")
             if recipe.place.empties:
                 return None if self.neutral or self.schedule.is_identity else self._emptied(stream)
-            kept = self.schedule.kept(stream.layer, self.layers, have)
+            kept = self.kept(stream)
             if kept >= have and not self.neutral:
                 return None
             kept = have if self.neutral else recipe.select.fit(stream, kept)
-            if kept + recipe.fuse.extra >= have and not self.neutral:
+            if kept + recipe.fuse.extra >= have and not self.neutral and recipe.select.gives != "masked":
                 return None
             score = build(recipe.score, stream, kept) if recipe.score is not None else None
             chosen = recipe.select.neutral(stream, score) if self.neutral else recipe.select.build(stream, score, kept)

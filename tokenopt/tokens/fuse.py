@@ -19,7 +19,7 @@ class Fuse(Primitive, kind="fuse"):
     """What becomes of removed tokens.
 
     Attributes:
-        takes: the selects it goes with: those that say where tokens go ("places"), that mix ("soft"), or neither ("").
+        takes: the selects it goes with, by what they give.
         weighs: whether it needs a score that is a weight.
     """
 
@@ -59,7 +59,11 @@ class Weighted(Fuse, name="weighted"):
 
     metric: str = "key"
 
+    takes = ("", "places", "masked")
+
     def build(self, stream: Stream, plan: Plan, score: fx.Node | None, neutral: bool) -> Plan:
+        if plan.assign is not None:
+            return replace(plan, fuse="soft")
         return replace(_placed(stream, plan, self.metric), fuse="sized")
 
 

@@ -43,6 +43,7 @@ class Plan:
         weight: [B, N]; None is ones.
         assign, spread: a soft plan for the reducible segment of n tokens: new = assign @ old, assign [B or 1, M, n];
             restored = spread @ new, with spread [B or 1, n, M].
+        size: [B, M], how many originals each token of a soft plan stands for; one of size 0 is not there any more.
         base: what removed tokens are restored from instead of from a kept place: given the kept tokens of a value,
             [B, M, ...], and N, the [B, N, ...] to put them into.
         returned: the name of an output of the model for the restored value.
@@ -55,6 +56,7 @@ class Plan:
     weight: fx.Node | None = None
     assign: fx.Node | None = None
     spread: fx.Node | None = None
+    size: fx.Node | None = None
     base: Callable[[fx.Node, int], fx.Node] | None = None
     returned: str = ""
 
@@ -93,6 +95,7 @@ class Stream:
     Attributes:
         rows: the tokens [B, total, C].
         start, count: where the reducible segment begins and how many tokens it has now; ``total`` is the sequence.
+        size: [B, total], how many originals each token stands for; None before any merge that counts them.
         sites: the attentions over this stream, layer by layer; cuts: the places on it.
         track: brings a node [B, tokens at an attention] to the tokens that are left now.
     """
@@ -104,6 +107,7 @@ class Stream:
     start: int
     count: int
     total: int
+    size: fx.Node | None = None
     sites: list[AttentionSite] = field(default_factory=list)
     cuts: list[StreamCut] = field(default_factory=list)
     track: Callable[[fx.Node, AttentionSite], fx.Node] = lambda node, site: node
@@ -214,18 +218,27 @@ class Stream:
         return self._probe(ops.attention_received.default, site, weight, exclude_self=exclude_self)
 
     def _probe(self, target: Any, site: AttentionSite, *args: Any, **kwargs: Any) -> fx.Node:
-        query, key, _, *rest = site.node.args
-        if query.meta["val"].dim() != 4:
-            raise Refused(f"{site.id} attends within windows", "score with an attention over all tokens")
-        options = {k: site.node.kwargs[k] for k in ("scale", "is_causal") if k in site.node.kwargs}
         weight = [a for a in args if isinstance(a, fx.Node)]
-        node = self.editor.insert(max([site.node, *weight]), target, query, key, *[*rest, None, None][:2], *args,
-                                  **options, **kwargs)  # fmt: skip
+        logits, options = logits_of(site)
+        node = self.editor.insert(max([site.node, *weight]), target, *logits, *args, **options, **kwargs)
         return self.of_keys(node, site)
 
     def special(self, name: str, site: AttentionSite) -> Segment | None:
         """A protected segment of an attention's sequence."""
         return next((s for s in site.axis.segments if s.name == name), None)
+
+
+def logits_of(site: AttentionSite) -> tuple[tuple[fx.Node | None, ...], dict[str, Any]]:
+    """What the logits of an attention are made from: (query, key, bias, key_bias), and its scale and causality.
+
+    Raises:
+        Refused: if it is not one attention per sample.
+    """
+    query, key, _, bias, key_bias = [*site.node.args, None, None][:5]
+    if query.meta["val"].dim() != 4:
+        raise Refused(f"{site.id} attends within windows", "score with an attention over all tokens")
+    options = {k: site.node.kwargs[k] for k in ("scale", "is_causal") if k in site.node.kwargs}
+    return (query, key, bias, key_bias), options
 
 
 def layer_number(layer: int | float, layers: int) -> int:

@@ -127,6 +127,9 @@ class TokenRecipe:
                 changed[whole] = convert(types[whole], value, f"{key}={value!r} of recipe {self.name}")
         return replace(self, **changed)
 
+    def __str__(self) -> str:
+        return self.name
+
     def to_dict(self) -> dict[str, Any]:
         """Plain data that `from_dict` reads back."""
         data = {f.name: getattr(self, f.name) for f in fields(self)}

@@ -40,6 +40,16 @@ class Copy(Restore, name="copy"):
 
 
 @dataclass(frozen=True)
+class Virtual(Restore, name="virtual"):
+    """as copy, and attention with position terms sees all tokens at their positions; its result is averaged back
+
+    For what follows with rotary positions, such as a decoder: its linear layers and norms run on the merged tokens.
+
+    Source: Wang et al., DyMU, arXiv:2504.17040, sec. 3.2 (virtual token unmerging, the practical form).
+    """
+
+
+@dataclass(frozen=True)
 class Nothing(Restore, name="none"):
     """as copy inside the model, but outputs keep the reduced tokens"""
 

@@ -17,7 +17,7 @@ from torch import Tensor, fx
 from tokenopt.analysis.axes import tensor_operands
 from tokenopt.analysis.sites import AttentionSite
 from tokenopt.tokens.learned import load_scorer
-from tokenopt.tokens.plan import Refused, Stream
+from tokenopt.tokens.plan import Refused, Stream, logits_of
 from tokenopt.tokens.primitive import Primitive
 
 aten = torch.ops.aten
@@ -120,12 +120,10 @@ class SinkRows(Score, name="sink_rows"):
         site = stream.site(self.layer)
         if site.axis is None or site.kind != "self":
             raise Refused(f"{site.id} attends over several streams", "score with received")
-        query, key, _, *rest = site.node.args
-        bias, key_bias = [*rest, None, None][:2]
-        options = {k: site.node.kwargs[k] for k in ("scale", "is_causal") if k in site.node.kwargs}
+        logits, options = logits_of(site)
         insert = stream.editor.insert
-        received = insert(site.node, ops.attention_received.default, query, key, bias, key_bias, None, **options)
-        start, total = stream.segment.start, key.meta["val"].shape[-2]
+        received = insert(site.node, ops.attention_received.default, *logits, None, **options)
+        start, total = stream.segment.start, site.node.args[1].meta["val"].shape[-2]
         stop = total - (site.axis.length - start - stream.segment.length)
         return stream.received(site, insert(received, ops.sink_rows.default, received, self.threshold, start, stop))
 
@@ -178,9 +176,8 @@ class Rollout(Score, name="rollout"):
         return stream.of_keys(weight, last)
 
     def _row(self, stream: Stream, site: AttentionSite, weight: fx.Node) -> fx.Node:
-        query, key, _, *rest = site.node.args
-        options = {k: site.node.kwargs[k] for k in ("scale", "is_causal") if k in site.node.kwargs}
-        return stream.insert(ops.attention_received.default, query, key, *[*rest, None, None][:2], weight, **options)
+        logits, options = logits_of(site)
+        return stream.insert(ops.attention_received.default, *logits, weight, **options)
 
 
 @dataclass(frozen=True)

@@ -26,7 +26,8 @@ class Select(Primitive, kind="select"):
 
     Attributes:
         scored: whether it needs a score: True, False, or None where it can use one.
-        places: whether it says where removed tokens go ("places"), mixes them softly ("soft"), or neither ("").
+        gives: whether it says where removed tokens go ("places"), mixes them softly ("soft"), leaves them as places of
+            size 0 ("masked"), or none of these ("").
     """
 
     scored: bool | None = True
@@ -50,7 +51,7 @@ class Select(Primitive, kind="select"):
             numbers = torch.arange(stream.total, dtype=torch.float32).neg()[None]
             score = stream.per_sample(stream.constant("order", numbers))
         plan = stream.topk(score, stream.count)
-        if self.gives == "soft":
+        if self.gives in ("soft", "masked"):
             identity = stream.constant("identity", torch.eye(stream.count)[None])
             return replace(plan, assign=identity, spread=identity)
         return replace(plan, dst=plan.src) if self.gives else plan
@@ -261,6 +262,38 @@ class Bipartite(Select, name="bipartite"):
         return self.build(stream, score, stream.count)  # a mere permutation
 
 
+@dataclass(frozen=True)
+class Threshold(Select, name="threshold"):
+    """as bipartite, but each sample merges all pairs more similar than a threshold: the count depends on the data
+
+    Merged tokens stay as places of size 0, which attention and means do not see: shapes are static, and every runtime
+    takes it, but nothing gets faster. It tells what thresholds do; for speed take ``bipartite`` with the counts that
+    they give on average, which is what `tokenopt.fitting.fit_thresholds` starts from.
+
+    Args:
+        values: the threshold of each layer; `tokenopt.optimize` fits them when it is given data.
+    Source: Wang et al., DyMU, arXiv:2504.17040, sec. 3.1.
+    """
+
+    values: tuple[float, ...] = ()
+    metric: str = "key"
+
+    scored = False
+    gives = "masked"
+
+    def build(self, stream: Stream, score: None, keep: int) -> Plan:
+        if len(self.values) <= stream.layer:
+            raise Refused("there is no threshold for this layer", "give calibration data, or values, one per layer")
+        return self.masked(stream, stream.constant("threshold", torch.tensor(self.values[stream.layer])))
+
+    def masked(self, stream: Stream, threshold: fx.Node) -> Plan:
+        """The plan for a threshold that is a node."""
+        node = stream.insert(ops.match_threshold.default, features(stream, self.metric), stream.size, threshold,
+                             stream.start, stream.stop)  # fmt: skip
+        index, assign, spread, size = stream.items(node, 4)
+        return Plan(index, assign=assign, spread=spread, size=size)
+
+
 class _Partition(Select):
     """Matching between fixed sets of positions: the same for all samples, so also for both halves of guidance."""
 
@@ -453,7 +486,9 @@ class Density(Select, name="dpc_knn"):
 def cells_of(grid: tuple[int, ...], keep: int) -> tuple[int, ...]:
     """A coarser grid of the same proportions with at most ``keep`` cells."""
     cells = [max(1, int(size * (keep / prod(grid)) ** (1 / len(grid)) + 1e-6)) for size in grid]
-    for i in sorted(range(len(grid)), key=lambda i: -grid[i]):  # what rounding left
+    while prod(cells) > keep:  # a side of less than one cell was rounded up
+        cells[cells.index(max(cells))] -= 1
+    for i in sorted(range(len(grid)), key=lambda i: -grid[i]):  # what rounding down left
         while cells[i] < grid[i] and prod(cells) // cells[i] * (cells[i] + 1) <= keep:
             cells[i] += 1
     return tuple(cells)
