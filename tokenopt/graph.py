@@ -100,6 +100,8 @@ class GraphEditor:
         root = exported.module_call_graph[0].signature
         root.inputs.append(TensorArgument(name=node.name))
         root.in_spec = pytree.tree_structure((args, kwargs))
+        if root.forward_arg_names is not None:
+            root.forward_arg_names.append(node.name)
         return node
 
     def infer(self, node: fx.Node) -> None:

@@ -164,8 +164,11 @@ class Stream:
         """
         grid = self.segment.grid
         if self.count != self.segment.length or grid is None or prod(grid) != self.count:
-            why = f"it needs all tokens of a grid, and there are {self.count} of {self.segment.length} tokens in none"
-            raise Refused(why, "use it before other reductions, on tokens that come from an image")
+            if self.count == self.segment.length:
+                why = f"it needs to know the grid of the {self.count} tokens, and the graph does not show it"
+                raise Refused(why, "say it: --set grid=[height,width]")
+            why = f"it needs all tokens of a grid, and {self.count} of {self.segment.length} are left"
+            raise Refused(why, "use it before other reductions")
         return grid
 
     # -- attention -----------------------------------------------------------------------------------------------------
