@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import itertools
 from collections.abc import Iterable
 from typing import Any
 
@@ -99,6 +100,8 @@ class GraphEditor:
         exported._example_inputs = (args, kwargs)
         root = exported.module_call_graph[0].signature
         root.inputs.append(TensorArgument(name=node.name))
+        if root.forward_arg_names is not None:
+            root.forward_arg_names.append(name)
         root.in_spec = pytree.tree_structure((args, kwargs))
         return node
 
@@ -182,8 +185,10 @@ def sync_outputs(program: Program) -> None:
 
 
 def add_output(program: Program, node: fx.Node, name: str) -> None:
-    """Returns one more tensor: the program's result becomes (result, tensor)."""
+    """Returns one more tensor: the program's result becomes (result, tensor). A name that is taken gets a number."""
     exported = program.exported
+    taken = {spec.name for spec in (*program.inputs, *program.outputs)}
+    name = next(n for n in (name, *(f"{name}_{i}" for i in itertools.count(1))) if n not in taken)
     out = next(n for n in reversed(program.graph.nodes) if n.op == "output")
     out.args = ((*out.args[0], node),)
     exported.graph_signature.output_specs.append(

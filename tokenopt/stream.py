@@ -85,7 +85,7 @@ class StreamRewriter:
         self.learned: set[fx.Node] = set()
         self.seen: dict[fx.Node, _Version | None] = {}
         self.version: _Version | None = None
-        self.until: set[fx.Node] = set()
+        self.until: dict[fx.Node, Region] = {}
         self.inside: set[fx.Node] | None = None
         self.edits: list[Edit] = []
 
@@ -584,7 +584,7 @@ class StreamRewriter:
         self.restored.pop(region.after, None)
         self.edits.append(Edit(self.spec, region.site.id, total, total - have + count))
         if region.until is not None:
-            self.until.add(region.until)
+            self.until[region.until] = region
         if region.update is not None:
             self.inside = _between(region.after, region.update)
 
@@ -598,7 +598,7 @@ class StreamRewriter:
                 if user > node and node in user.all_input_nodes:
                     user.replace_input_with(node, full)
             if self.restore.name == "cached":
-                add_output(self.editor.program, full, "cache")
+                add_output(self.editor.program, full, f"next_{self.restore.input}_{self.until[node].layer}")
             if self.inside is not None:
                 self.value.clear()
                 self.inside = None
