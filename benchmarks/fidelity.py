@@ -98,7 +98,8 @@ def scaled_schedule(recipe: TokenRecipe, factor: float, layers: int, tokens: int
         raise UsageError(f"the schedule of {recipe.name} has neither r nor keep", why=f"it is {schedule}")
     schedule["keep"] = round(1.0 - factor, 4)
     if schedule.get("layers"):
-        schedule["layers"] = sorted({layer * layers // PUBLISHED_LAYERS for layer in schedule["layers"]})
+        at = {x if isinstance(x, float) else x * layers // PUBLISHED_LAYERS for x in schedule["layers"]}
+        schedule["layers"] = sorted(at)
     return schedule
 
 

@@ -160,3 +160,38 @@ def test_thresholds_merge_as_many_as_scheduled_on_average() -> None:
     with torch.no_grad():
         found = [counts(model, row[None], (first,))[0][0] for batch in DATA for row in batch[0]]
     assert sum(found) / len(found) == pytest.approx(8, abs=1)
+
+
+# -- in optimize -------------------------------------------------------------------------------------------------------
+
+
+def test_optimize_learns_from_the_data_it_is_given() -> None:
+    import tokenopt
+
+    model, program, _ = per_token()
+    settings = {"score.hidden": 0}
+    result = tokenopt.optimize(program, recipe="dtop", schedule="keep=0.5@2", settings=settings, data=DATA[:2])
+    assert [e["after"] for e in result.report.edits] == [33]
+    assert result.program(images(3)).shape == model(images(3)).shape
+    with pytest.raises(UsageError, match="learns from data, and there is none"):
+        tokenopt.optimize(program, recipe="dtop")
+
+
+def test_the_command_line_leaves_the_learned_weights_beside_the_recipe(tmp_path: Path) -> None:
+    import numpy as np
+    import yaml
+
+    from tokenopt import cli
+
+    _, program, _ = per_token()
+    path = program.save(tmp_path / "model.pt2")
+    np.savez(tmp_path / "data.npz", x=images(40, seed=3).numpy())
+    for recipe in ("dtop", tmp_path / "out" / "recipe.resolved.yaml"):
+        data = ["--data", tmp_path / "data.npz"] if recipe == "dtop" else []
+        with pytest.raises(SystemExit) as end:
+            cli.main([str(a) for a in ("optimize", path, "--recipe", recipe, "-o", tmp_path / "out", *data)])
+        assert end.value.code == 0
+        resolved = yaml.safe_load((tmp_path / "out" / "recipe.resolved.yaml").read_text())["recipe"]
+        weights = Path(resolved["score"]["learned"]["weights"])
+        assert weights == tmp_path / "out" / "scorer.safetensors"
+        assert weights.exists()

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 import torch.nn.functional as F
+import yaml
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
@@ -106,6 +108,14 @@ def test_impossible_recipes_say_what_fits(changes: dict[str, Any], message: str)
     with pytest.raises(UsageError, match=message) as error:
         recipe.with_settings(changes)
     assert error.value.hint
+
+
+def test_the_recipe_in_the_documentation_is_one() -> None:
+    text = (Path(__file__).parents[1] / "CONTRIBUTING.md").read_text()
+    block = text.split("```yaml\n")[1].split("```")[0]
+    assert len(block.splitlines()) < 20
+    recipe = recipes.get(yaml.safe_load(block))
+    assert (recipe.name, recipe.score.name, recipe.place.name) == ("fastv", "last_row", "block")
 
 
 def test_settings_reach_parts_within_parts() -> None:

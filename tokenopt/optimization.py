@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import tempfile
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,7 @@ from tokenopt.analysis.cuts import find_cuts
 from tokenopt.analysis.sites import AttentionSite, find_sites
 from tokenopt.cost import program_flops
 from tokenopt.errors import Refusal, UsageError
+from tokenopt.fitting import fit, needs_data
 from tokenopt.inspection import axis_dict, refusal_of
 from tokenopt.parity import Parity
 from tokenopt.passes.fold_constants import FoldConstants
@@ -26,6 +28,7 @@ from tokenopt.pipeline import Pass, Pipeline, PipelineResult, parse_passes
 from tokenopt.program import Program, capture, flatten_tensors
 from tokenopt.report import Report
 from tokenopt.tokens.recipe import TokenRecipe
+from tokenopt.tokens.score import Learned
 
 Progress = Callable[[str, int, int], None]
 
@@ -55,6 +58,8 @@ def optimize(
     short_outputs: bool = False,
     dynamic_batch: bool = True,
     given: Sequence[Tensor] | None = None,
+    data: Sequence[Sequence[Tensor]] | None = None,
+    weights: str | Path | None = None,
     progress: Progress | None = None,
 ) -> Result:
     """Reduces the tokens of a model and proves the rewrite.
@@ -74,6 +79,8 @@ def optimize(
         short_outputs: outputs that carry tokens keep the reduced ones.
         dynamic_batch: as for `capture`.
         given: inputs to check on beside random ones, as flat tensors.
+        data: batches of inputs, as flat tensors, for recipes with a part that is learned from data (no labels).
+        weights: where the weights of a learned score are written (.safetensors); they are in the program in any case.
         progress: called with (stage, done, total).
 
     Raises:
@@ -98,16 +105,18 @@ def optimize(
         program = capture(model, example_inputs, dynamic_batch=dynamic_batch)
     done()
 
-    done = stage("rewrite")
-    steps = _steps(passes, recipe, schedule, settings, short_outputs)
-    reducing = [s for s in steps if isinstance(s, ReduceTokens)]
-    canonical = Pipeline([FoldConstants(), RaiseAttention()]).run(program)
-    result = Pipeline(steps).run(program)
-    done()
+    with tempfile.TemporaryDirectory() as scratch:
+        done = stage("rewrite")
+        written = weights or Path(scratch) / "scorer.safetensors"
+        steps = [_fitted(s, program, data, written) for s in _steps(passes, recipe, schedule, settings, short_outputs)]
+        reducing = [s for s in steps if isinstance(s, ReduceTokens)]
+        canonical = Pipeline([FoldConstants(), RaiseAttention()]).run(program)
+        result = Pipeline(steps).run(program)
+        done()
 
-    done = stage("check")
-    checks = _checks(program, canonical, steps, given)
-    done()
+        done = stage("check")
+        checks = _checks(program, canonical, steps, given)
+        done()
     if progress is not None:
         progress("check", len(stages), len(stages))
     report = _report(program, canonical, result, reducing, steps, checks, short_outputs)
@@ -123,6 +132,23 @@ def _steps(
     reduce = ReduceTokens(_recipe(recipe), schedule, dict(settings or {}), short)
     reduce.resolved()  # a wrong recipe or schedule is an error before any work is done
     return [FoldConstants(), RaiseAttention(), reduce, RemoveDead()]
+
+
+def _fitted(step: Pass, program: Program, data: Sequence[Sequence[Tensor]] | None, weights: str | Path) -> Pass:
+    """A reduction whose recipe has learned from the data what it learns."""
+    if not isinstance(step, ReduceTokens):
+        return step
+    recipe, schedule = step.resolved()
+    if not needs_data(recipe):
+        return step
+    if not data:
+        part = recipe.score if isinstance(recipe.score, Learned) else recipe.select
+        raise UsageError(
+            f"recipe {recipe.name} learns from data, and there is none",
+            why=f"{part.kind} '{part.name}': {part.summary()}",
+            hint="give inputs like those the model is for (--data FILE)",
+        )
+    return replace(step, recipe=fit(recipe, schedule, program, data, Path(weights)), settings={})
 
 
 def _recipe(recipe: Any) -> str | TokenRecipe:

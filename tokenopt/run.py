@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
@@ -33,6 +34,7 @@ Progress = Callable[[str, int, int], None]
 
 RECIPE_NAME = "tome"
 PROGRAM, RECIPE, REPORT = "model.pt2", "recipe.resolved.yaml", "report.json"
+SCORER = "scorer.safetensors"
 CHECKED = 32  # samples of the user's data that an optimisation or export is checked on; verify takes all
 _SECONDS, _ROUNDS = 5.0, (5, 40)  # that one measurement may take, and the rounds it has at least and at most
 
@@ -157,6 +159,7 @@ def optimize_model(
         with clock("load"):
             program = source.load(path)
             given = _given(data, program.inputs, CHECKED)
+        scorer = staging.path / SCORER
         result = optimize(
             program,
             recipe=recipe or RECIPE_NAME,
@@ -165,9 +168,16 @@ def optimize_model(
             passes=passes,
             short_outputs=short_outputs,
             given=given[0] if given else None,
+            data=_given(data, program.inputs, None),
+            weights=scorer,
             progress=progress,
         )
         report = result.report
+        learned = _learned_weights(report.recipe)
+        if learned is not None:  # the folder holds all that its recipe needs
+            if learned != scorer:
+                shutil.copyfile(learned, scorer)
+            report.recipe = _moved(report.recipe, str(learned), str(out / SCORER))
         report.model["name"] = path.name
         if not result.changed:
             if not (out / PROGRAM).exists():
@@ -177,6 +187,7 @@ def optimize_model(
             return Outcome(report, changed=False)
 
         report.files = {"program": PROGRAM, "recipe": RECIPE, "report": REPORT}
+        report.files |= {"scorer": SCORER} if scorer.exists() else {}
         with clock("save"):
             engine = runtimes.get("eager").build(result.program, staging.path / PROGRAM, data=given)
         report.parity += _new_rows(engine, report.parity)
@@ -279,6 +290,20 @@ def resolved_recipe(report: Report, passes: str | None) -> str:
     return yaml.dump(content, Dumper=_Dumper, sort_keys=False, width=120)
 
 
+def _learned_weights(recipe: Mapping[str, Any]) -> Path | None:
+    """The file with the weights of a report's learned score."""
+    score = recipe["settings"].get("score")
+    weights = score.get("learned", {}).get("weights") if isinstance(score, dict) else None
+    return Path(weights) if weights else None
+
+
+def _moved(data: Any, old: str, new: str) -> Any:
+    """Plain data with a path in it replaced."""
+    if isinstance(data, dict):
+        return {key: _moved(value, old, new) for key, value in data.items()}
+    return new if data == old else data
+
+
 def _resolved_passes(recipe: str) -> str | None:
     """The passes in a file that `resolved_recipe` wrote for a run with passes."""
     if not recipe.endswith((".yaml", ".yml")) or not Path(recipe).is_file():
@@ -342,7 +367,8 @@ def _earlier_files(out: Path) -> list[str]:
         files = Report.load(out / REPORT).files.values()
     except (OSError, TokenoptError):
         return []
-    ours = {PROGRAM, RECIPE, REPORT, "model.onnx.data", *(f"model{target.suffix}" for target in TARGETS.values())}
+    built = (f"model{target.suffix}" for target in TARGETS.values())
+    ours = {PROGRAM, RECIPE, REPORT, SCORER, "model.onnx.data", *built}
     return sorted(ours.intersection(files))
 
 
