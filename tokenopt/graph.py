@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import itertools
 from collections.abc import Iterable
 from typing import Any
 
@@ -184,10 +185,15 @@ def sync_outputs(program: Program) -> None:
 
 
 def add_output(program: Program, node: fx.Node, name: str) -> None:
-    """Returns one more tensor: the program's result becomes (result, tensor), or (result, ..., tensor)."""
+    """Returns one more tensor: the program's result becomes (result, tensor), or (result, ..., tensor).
+
+    A name that is taken gets a number.
+    """
     exported = program.exported
     specs = exported.graph_signature.output_specs
     more = any(s.kind is OutputKind.USER_OUTPUT and s.target for s in specs)  # the model's own have no name
+    taken = {spec.name for spec in (*program.inputs, *program.outputs)}
+    name = next(n for n in (name, *(f"{name}_{i}" for i in itertools.count(1))) if n not in taken)
     out = next(n for n in reversed(program.graph.nodes) if n.op == "output")
     out.args = ((*out.args[0], node),)
     specs.append(OutputSpec(OutputKind.USER_OUTPUT, TensorArgument(name=node.name), name))

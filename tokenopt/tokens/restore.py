@@ -120,4 +120,4 @@ class Cached(Restore, name="cached"):
             value = kept.meta["val"]
             return stream.editor.input(name, (total, *value.shape[2:]), value.dtype)
 
-        return replace(plan, base=cache, returned=name)
+        return replace(plan, base=cache, returned=f"next_{name}")
