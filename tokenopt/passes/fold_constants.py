@@ -112,7 +112,7 @@ def _read_parts(editor: GraphEditor) -> None:
 
 def _numbers(program: Program, node: fx.Node) -> list[int] | None:
     """The integers of a constant vector."""
-    while node.op == "call_function" and "lift_fresh" in str(node.target):
+    while node.target in (aten.clone.default, aten.lift_fresh_copy.default):
         node = node.args[0]
     value = program.constant(node)
     return value.tolist() if value is not None and value.dim() == 1 and value.dtype is torch.int64 else None
