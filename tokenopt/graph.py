@@ -188,7 +188,7 @@ def add_output(program: Program, node: fx.Node, name: str) -> None:
     """Returns one more tensor: the program's result becomes (result, tensor). A name that is taken gets a number."""
     exported = program.exported
     taken = {spec.name for spec in (*program.inputs, *program.outputs)}
-    name = next(n for n in (name, *(f"{name}_{i}" for i in itertools.count(1))) if n not in taken)
+    name = next(n for n in itertools.chain([name], (f"{name}_{i}" for i in itertools.count(1))) if n not in taken)
     out = next(n for n in reversed(program.graph.nodes) if n.op == "output")
     out.args = ((*out.args[0], node),)
     exported.graph_signature.output_specs.append(
