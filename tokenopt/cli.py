@@ -21,7 +21,8 @@ DONE, ERROR, UNCHANGED, MISMATCH, INTERRUPTED = 0, 1, 3, 4, 130
 app = typer.Typer(
     name="tokenopt",
     help="Removes tokens from transformer models, proves the result, and exports it.",
-    epilog="Exit codes: 0 done, 1 error, 2 usage, 3 nothing matched or changed, 4 check failed, 130 interrupted.",
+    epilog="Exit codes: 0 done, 1 error, 2 usage, 3 nothing matched or changed, 4 check failed, 5 budget not met, "
+    "130 interrupted.",
     no_args_is_help=True,
     rich_markup_mode=None,  # plain text folds long words, where panels would cut them
     add_completion=False,
@@ -101,6 +102,9 @@ def optimize(
     schedule: Annotated[
         str | None, typer.Option(help="r=13, r=16:-1, r=16,14,12, keep=0.7@3,6,9, or a JSON or YAML file.")
     ] = None,
+    budget: Annotated[
+        str | None, typer.Option(help="Scale the schedule until flops=60% or tokens=60% of the dense model's are left.")
+    ] = None,
     passes: Annotated[
         str | None, typer.Option(help='Other passes: "raise-attention,reduce-tokens{recipe=tome}".')
     ] = None,
@@ -127,6 +131,7 @@ def optimize(
             build=run.Build(_names(to), opset, compute_capability),
             recipe=recipe,
             schedule=schedule,
+            budget=budget,
             settings=_assignments(settings),
             passes=passes,
             short_outputs=short_outputs,

@@ -12,6 +12,7 @@ from tokenopt.analysis.axes import propagate
 from tokenopt.analysis.cuts import StreamCut, find_cuts
 from tokenopt.analysis.sites import find_sites
 from tokenopt.graph import GraphEditor, add_output
+from tokenopt.passes.flatten_grids import FlattenGrids
 from tokenopt.passes.fold_constants import FoldConstants
 from tokenopt.passes.raise_attention import RaiseAttention
 from tokenopt.pipeline import Pipeline
@@ -40,7 +41,7 @@ def sinks(
 
     Source: Kang et al., See What You Are Told, arXiv:2503.03321, sec. 4; Gong et al., DAMRO, arXiv:2410.04514.
     """
-    seeing = Pipeline([FoldConstants(), RaiseAttention()]).run(program).program
+    seeing = Pipeline([FoldConstants(), RaiseAttention(), FlattenGrids()]).run(program).program
     axes = propagate(seeing)
     cuts, _ = find_cuts(axes, find_sites(axes)[0], paying=False)
     editor = GraphEditor(seeing)

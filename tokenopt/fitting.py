@@ -13,6 +13,7 @@ from torch import Tensor, fx, nn
 
 from tokenopt.errors import UsageError
 from tokenopt.graph import add_output
+from tokenopt.passes.flatten_grids import FlattenGrids
 from tokenopt.passes.fold_constants import FoldConstants
 from tokenopt.passes.raise_attention import RaiseAttention
 from tokenopt.passes.reduce_tokens import Planner, ReduceTokens
@@ -85,7 +86,7 @@ def _observe(
     look: Callable[[Stream], tuple[list[fx.Node], Plan | None]],
 ) -> tuple[Program, list[tuple[int, Stream]]]:  # fmt: skip
     """The dense program with more outputs, and the places that they are from."""
-    seeing = Pipeline([FoldConstants(), RaiseAttention()]).run(program).program
+    seeing = Pipeline([FoldConstants(), RaiseAttention(), FlattenGrids()]).run(program).program
     observer = _Observer(recipe, schedule, look=look)
     ReduceTokens(recipe).apply(seeing, observer)
     if not observer.seen:

@@ -100,9 +100,9 @@ class GraphEditor:
         exported._example_inputs = (args, kwargs)
         root = exported.module_call_graph[0].signature
         root.inputs.append(TensorArgument(name=node.name))
-        if root.forward_arg_names is not None:
-            root.forward_arg_names.append(name)
         root.in_spec = pytree.tree_structure((args, kwargs))
+        if root.forward_arg_names is not None:
+            root.forward_arg_names.append(node.name)
         return node
 
     def infer(self, node: fx.Node) -> None:
@@ -185,18 +185,22 @@ def sync_outputs(program: Program) -> None:
 
 
 def add_output(program: Program, node: fx.Node, name: str) -> None:
-    """Returns one more tensor: the program's result becomes (result, tensor). A name that is taken gets a number."""
+    """Returns one more tensor: the program's result becomes (result, tensor), or (result, ..., tensor).
+
+    A name that is taken gets a number.
+    """
     exported = program.exported
+    specs = exported.graph_signature.output_specs
+    more = any(s.kind is OutputKind.USER_OUTPUT and s.target for s in specs)  # the model's own have no name
     taken = {spec.name for spec in (*program.inputs, *program.outputs)}
     name = next(n for n in itertools.chain([name], (f"{name}_{i}" for i in itertools.count(1))) if n not in taken)
     out = next(n for n in reversed(program.graph.nodes) if n.op == "output")
     out.args = ((*out.args[0], node),)
-    exported.graph_signature.output_specs.append(
-        OutputSpec(OutputKind.USER_OUTPUT, TensorArgument(name=node.name), name)
-    )
+    specs.append(OutputSpec(OutputKind.USER_OUTPUT, TensorArgument(name=node.name), name))
     root = exported.module_call_graph[0].signature
     root.outputs.append(TensorArgument(name=node.name))
-    root.out_spec = pytree.TreeSpec(tuple, None, [root.out_spec, pytree.tree_structure(0)])
+    results = root.out_spec.children() if more else [root.out_spec]
+    root.out_spec = pytree.TreeSpec(tuple, None, [*results, pytree.tree_structure(0)])
 
 
 def remove_dead(program: Program) -> int:

@@ -12,6 +12,7 @@ from tokenopt.analysis.cuts import StreamCut, carries, contains, decide, find_cu
 from tokenopt.analysis.sites import AttentionSite, Segment, TokenAxis, find_sites
 from tokenopt.errors import Refusal
 from tokenopt.graph import module_path
+from tokenopt.passes.flatten_grids import FlattenGrids
 from tokenopt.passes.fold_constants import FoldConstants
 from tokenopt.passes.raise_attention import RaiseAttention
 from tokenopt.pipeline import Pipeline
@@ -29,7 +30,7 @@ def inspect(program: Program) -> dict[str, Any]:
         [{site, after, where, axis, width, depth, obligations, restore_before}] · ``opaque`` [{node, op, where,
         template}]
     """
-    canonical = Pipeline([FoldConstants(), RaiseAttention()]).run(program).program
+    canonical = Pipeline([FoldConstants(), RaiseAttention(), FlattenGrids()]).run(program).program
     axes = propagate(canonical)
     sites, token_axes = find_sites(axes)
     cuts, refusals = find_cuts(axes, sites)

@@ -15,11 +15,13 @@ from torch import Tensor
 from tokenopt.analysis.axes import propagate
 from tokenopt.analysis.cuts import find_cuts
 from tokenopt.analysis.sites import AttentionSite, find_sites
+from tokenopt.budget import within
 from tokenopt.cost import program_flops
 from tokenopt.errors import Refusal, UsageError
 from tokenopt.fitting import fit, needs_data
 from tokenopt.inspection import axis_dict, refusal_of
 from tokenopt.parity import Parity
+from tokenopt.passes.flatten_grids import FlattenGrids
 from tokenopt.passes.fold_constants import FoldConstants
 from tokenopt.passes.raise_attention import RaiseAttention
 from tokenopt.passes.reduce_tokens import ReduceTokens
@@ -27,6 +29,7 @@ from tokenopt.passes.remove_dead import RemoveDead
 from tokenopt.pipeline import Pass, Pipeline, PipelineResult, parse_passes
 from tokenopt.program import Program, capture, flatten_tensors
 from tokenopt.report import Report
+from tokenopt.schedule import Budget
 from tokenopt.tokens.recipe import TokenRecipe
 from tokenopt.tokens.score import Learned
 
@@ -53,6 +56,7 @@ def optimize(
     *,
     recipe: str | Path | Mapping[str, Any] | TokenRecipe = "tome",
     schedule: Any = None,
+    budget: str | Budget | None = None,
     settings: Mapping[str, Any] | None = None,
     passes: str | Iterable[Pass] | None = None,
     short_outputs: bool = False,
@@ -74,6 +78,7 @@ def optimize(
         recipe: a name, a YAML file, a mapping or a recipe.
         schedule: how many tokens to remove where: ``{"r": 13}``, ``{"keep": 0.7, "layers": [3, 6]}``, a text or a file;
             the recipe's own by default.
+        budget: "flops=60%" or "tokens=60%" of the dense program's: the schedule is scaled until it is met.
         settings: fields of the recipe to change.
         passes: other passes than the usual ones, as objects or as text.
         short_outputs: outputs that carry tokens keep the reduced ones.
@@ -84,8 +89,8 @@ def optimize(
         progress: called with (stage, done, total).
 
     Raises:
-        TokenoptError: CaptureError if the model cannot be traced, ParityError if a check fails, UsageError for
-            arguments that make no sense.
+        TokenoptError: CaptureError if the model cannot be traced, ParityError if a check fails, BudgetError if the
+            budget cannot be met, UsageError for arguments that make no sense.
     """
     seconds: dict[str, float] = {}
     stages = ("capture", "rewrite", "check")
@@ -109,8 +114,10 @@ def optimize(
         done = stage("rewrite")
         written = weights or Path(scratch) / "scorer.safetensors"
         steps = [_fitted(s, program, data, written) for s in _steps(passes, recipe, schedule, settings, short_outputs)]
+        canonical = Pipeline([FoldConstants(), RaiseAttention(), FlattenGrids()]).run(program)
+        if budget is not None:
+            steps = _budgeted(steps, Budget.parse(budget), canonical.program)
         reducing = [s for s in steps if isinstance(s, ReduceTokens)]
-        canonical = Pipeline([FoldConstants(), RaiseAttention()]).run(program)
         result = Pipeline(steps).run(program)
         done()
 
@@ -131,7 +138,7 @@ def _steps(
         return parse_passes(passes) if isinstance(passes, str) else list(passes)
     reduce = ReduceTokens(_recipe(recipe), schedule, dict(settings or {}), short)
     reduce.resolved()  # a wrong recipe or schedule is an error before any work is done
-    return [FoldConstants(), RaiseAttention(), reduce, RemoveDead()]
+    return [FoldConstants(), RaiseAttention(), FlattenGrids(), reduce, RemoveDead()]
 
 
 def _fitted(step: Pass, program: Program, data: Sequence[Sequence[Tensor]] | None, weights: str | Path) -> Pass:
@@ -149,6 +156,13 @@ def _fitted(step: Pass, program: Program, data: Sequence[Sequence[Tensor]] | Non
             hint="give inputs like those the model is for (--data FILE)",
         )
     return replace(step, recipe=fit(recipe, schedule, program, data, Path(weights)), settings={})
+
+
+def _budgeted(steps: list[Pass], budget: Budget, program: Program) -> list[Pass]:
+    reducing = [s for s in steps if isinstance(s, ReduceTokens)]
+    if len(reducing) != 1:
+        raise UsageError(f"the budget {budget} is for one reduction, and there are {len(reducing)}")
+    return [within(budget, s, program) if s is reducing[0] else s for s in steps]
 
 
 def _recipe(recipe: Any) -> str | TokenRecipe:
@@ -191,7 +205,7 @@ def _report(
     sites, token_axes = find_sites(axes)
     _, refusals = find_cuts(axes, sites)
     refusals = _unique([*result.refusals, *refusals])
-    canonical_names = {"fold-constants", "raise-attention", "remove-dead"}
+    canonical_names = {"fold-constants", "raise-attention", "flatten-grids", "remove-dead"}
     edits = [e for e in result.edits if e.pass_spec.split("{")[0] not in canonical_names]
     before, after = _token_counts(sites, result.program)
     leaving = {e.site: e.after for e in edits}

@@ -27,7 +27,7 @@ from tokenopt.runtimes.base import Engine
 from tokenopt.runtimes.bench import bench
 from tokenopt.runtimes.compare import verify
 from tokenopt.runtimes.eager import EagerEngine
-from tokenopt.schedule import Schedule
+from tokenopt.schedule import Budget, Schedule
 from tokenopt.staging import staged
 
 Progress = Callable[[str, int, int], None]
@@ -136,6 +136,7 @@ def optimize_model(
     build: Build,
     recipe: str | None,
     schedule: str | None,
+    budget: str | None,
     settings: Mapping[str, Any],
     passes: str | None,
     short_outputs: bool,
@@ -149,6 +150,8 @@ def optimize_model(
     A run that changes nothing leaves its report alone, and not even that beside the files of an earlier run.
     """
     build.check_available()
+    if budget is not None:
+        Budget.parse(budget)
     if passes is None and recipe is not None and (passes := _resolved_passes(recipe)) is not None:
         recipe = None
     _check_method(recipe, schedule, settings, passes, short_outputs)
@@ -164,6 +167,7 @@ def optimize_model(
             program,
             recipe=recipe or RECIPE_NAME,
             schedule=schedule,
+            budget=budget,
             settings=settings,
             passes=passes,
             short_outputs=short_outputs,

@@ -6,6 +6,7 @@ import json
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
+from itertools import pairwise
 from math import ceil
 from pathlib import Path
 from typing import Any
@@ -89,6 +90,15 @@ class Schedule:
             return min(tokens, ceil(round(self.keep * tokens, 6)))
         return max(0, tokens - self._removed(layer, count))
 
+    def scaled(self, factor: float, layers: int) -> Schedule:
+        """The same shape, removing ``factor`` times as much in each of ``layers`` layers."""
+        if self.keep is not None:
+            return Schedule(keep=round(max(1.0 - factor * (1.0 - self.keep), 1e-3), 6), layers=self.layers)
+        removed = [0.0]
+        for layer in range(layers):
+            removed.append(removed[-1] + factor * self._removed(layer, layers))
+        return Schedule(r=[round(b) - round(a) for a, b in pairwise(removed)])
+
     def _removed(self, layer: int, count: int) -> int:
         if isinstance(self.r, list):
             return self.r[layer] if layer < len(self.r) else 0
@@ -112,6 +122,39 @@ class Schedule:
         if isinstance(self.r, tuple):
             return f"r={self.r[0]}:{self.r[1]:g}"
         return f"r={','.join(map(str, self.r))}" if isinstance(self.r, list) else f"r={self.r}"
+
+
+@dataclass(frozen=True)
+class Budget:
+    """What a reduced program may cost: a share of what the dense one does.
+
+    Attributes:
+        metric: "flops", or "tokens": those that enter attention, summed over layers, or those that leave an encoder.
+        share: in (0, 1].
+    """
+
+    metric: str
+    share: float
+
+    @staticmethod
+    def parse(text: Any) -> Budget:
+        """A budget from a text such as ``flops=60%`` or ``tokens=0.5``, or itself.
+
+        Raises:
+            UsageError: if it is none.
+        """
+        if isinstance(text, Budget):
+            return text
+        match = re.fullmatch(r"\s*(\w+)\s*=\s*([\d.]+)\s*(%?)\s*", str(text))
+        if match is None or match[1] not in ("flops", "tokens"):
+            raise UsageError(f"not a budget: {text!r}", hint="flops=60% or tokens=60%, of the dense model's")
+        share = float(match[2]) / (100.0 if match[3] else 1.0)
+        if not 0.0 < share <= 1.0:
+            raise UsageError(f"not a budget: {text!r}", why="it is a share of the dense model's, above 0 and up to 1")
+        return Budget(match[1], share)
+
+    def __str__(self) -> str:
+        return f"{self.metric}={100 * self.share:g}%"
 
 
 def _is_layer(x: Any) -> bool:

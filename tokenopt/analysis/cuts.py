@@ -221,6 +221,9 @@ def find_cuts(
     refusals: list[Refusal] = []
     for layer, site in enumerate(candidates):
         found = _cut_of(axes, site, flow)
+        twin = next((c for c in cuts if paying and not isinstance(found, Refusal) and c.after is found[2]), None)
+        if twin is not None:
+            found = Refusal(site.id, f"it adds to the stream beside {twin.site.id}", "that one is reduced")
         if isinstance(found, Refusal):
             refusals.append(found)
         else:
@@ -242,6 +245,7 @@ def find_cuts(
     return [c for c in cuts if c not in wasted], refusals
 
 
+_INSIDE = "reduce inside attention, with recipe tomesd or supertoken and place=attention{of=qkv}"
 _OTHERS = "reduce the self-attention sites of its streams"
 
 
@@ -261,7 +265,7 @@ def _cut_of(axes: AxisMap, site: AttentionSite, flow: nx.DiGraph) -> tuple[fx.No
         return Refusal(
             site.id,
             f"it attends within windows or frames: its {site.axis} tokens are a part of each sample's",
-            "use a local attention pattern here, or reduce the sites that attend to all tokens",
+            f"{_INSIDE}, each window or frame by itself",
         )
     query = site.node.args[0]
     above = nx.ancestors(flow, query) | {query}
@@ -273,7 +277,7 @@ def _cut_of(axes: AxisMap, site: AttentionSite, flow: nx.DiGraph) -> tuple[fx.No
         below.add(node)
         if node.target is not aten.add.Tensor or len(operands) != 2:
             continue
-        if sum(n in above for n in operands) != 1:
+        if sum(_has_stream(axes, n, above, node) for n in operands) != 1:
             continue
         if not any(contains(d, segment.terms) for d in axes.dims(node)):
             if any(tears(d, segment.terms) for d in axes.dims(node)):
@@ -281,15 +285,24 @@ def _cut_of(axes: AxisMap, site: AttentionSite, flow: nx.DiGraph) -> tuple[fx.No
                 return Refusal(
                     site.id,
                     f"the stream holds its {site.axis} tokens as a grid, {sizes}",
-                    "use a local attention pattern here",
+                    f"run flatten-grids before, or {_INSIDE}",
                 )
             continue
         problem = _stream_problem(axes, node, segment, site)
         if problem is not None:
             return problem
-        entry, update = sorted(operands, key=lambda n: n not in above)
+        entry, update = sorted(operands, key=lambda n: not _has_stream(axes, n, above, node))
         return entry, update, _last_of_sum(axes, node, above)
-    return Refusal(site.id, "no residual sum follows it that carries its tokens", "its tokens go their own way here")
+    return Refusal(site.id, "no residual sum follows it that carries its tokens", _INSIDE)
+
+
+def _has_stream(axes: AxisMap, node: fx.Node, above: set[fx.Node], total: fx.Node) -> bool:
+    """Whether one side of a sum is the stream before a site, what other branches beside it add included."""
+    while node not in above:
+        if node.target is not aten.add.Tensor or axes.dims(node) != axes.dims(total):
+            return False
+        node = min(tensor_operands(node))
+    return True
 
 
 def _attention_input(axes: AxisMap, site: AttentionSite, entry: fx.Node, flow: nx.DiGraph) -> fx.Node | None:
@@ -344,7 +357,7 @@ def _stream_problem(axes: AxisMap, node: fx.Node, segment: Segment, site: Attent
             site.id,
             f"its tokens are a window or a part of a grid in {module_path(node) or node.name}: "
             f"{' x '.join(str(length(d)) for d in dims[1:])}",
-            "use a local attention pattern here",
+            _INSIDE,
         )
     if axes.batch and dims.count(axes.batch) != 1:
         return Refusal(site.id, "the stream has no batch dimension of its own", "capture it with a batch dimension")
@@ -439,7 +452,7 @@ def _does_not_pay(cut: StreamCut) -> Refusal:
     return Refusal(
         cut.site.id,
         f"{where} ({effect.node.target}) needs all {cut.axis.length} tokens right behind it: {effect.why}",
-        "nothing between them would get faster; use a local attention pattern here",
+        f"nothing between them would get faster; {_INSIDE}",
     )
 
 

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
+from itertools import product
 
 import torch
 from torch import Tensor, fx
@@ -17,7 +19,13 @@ from tokenopt.program import Program
 
 @dataclass(frozen=True)
 class Segment:
-    """A run of tokens with one meaning. Protected ones (class token, registers, text) are never reduced."""
+    """A run of tokens with one meaning. Protected ones (class token, registers, text) are never reduced.
+
+    Attributes:
+        grid: the sizes of the grid that its tokens are in raster order of: rows and columns, or frames before them.
+        special: positions within it of tokens that no input gave, as the class token of every frame of a video;
+            ``frame`` is the grid of the patches of one frame then.
+    """
 
     name: str
     start: int
@@ -25,6 +33,8 @@ class Segment:
     grid: tuple[int, ...] | None
     protected: bool
     terms: Terms
+    special: tuple[int, ...] = ()
+    frame: tuple[int, ...] | None = None
 
 
 @dataclass(frozen=True)
@@ -168,19 +178,59 @@ def _segments(axes: AxisMap, terms: Terms) -> tuple[Segment, ...]:
     chosen = max(candidates, key=lambda i: (names[i] == "patch", names[i] != "text", length(parts[i])), default=None)
     segments: list[Segment] = []
     offset = 0
-    special = ["dist", "cls"]
+    names_of_one = ["dist", "cls"]
     for i, part in enumerate(parts):
         size = length(part)
         if data[i]:
             name = names[i]
-        elif size == 1 and special and i < 2:
-            name = special.pop()
+        elif size == 1 and names_of_one and i < 2:
+            name = names_of_one.pop()
         else:
             name = "registers" if offset < _offset(parts, chosen) else "queries"
-        grid = tuple(t.size for t in part) if len(part) > 1 else None
-        segments.append(Segment(name, offset, size, grid, i != chosen, part))
+        special = tuple(_special(part))
+        segments.append(Segment(name, offset, size, _grid(axes, part), i != chosen, part, special,
+                                _frame(axes, part, special)))  # fmt: skip
         offset += size
     return tuple(segments)
+
+
+def _grid(axes: AxisMap, part: Terms) -> tuple[int, ...] | None:
+    """The sizes of the grid that a run of tokens is in raster order of; None where it is none.
+
+    Windows cut rows and columns into smaller factors: what counts is the first value that has them as dimensions.
+    """
+    if len(part) < 2 or any(isinstance(t, Cat) for t in part):
+        return None
+    for node in axes.program.graph.nodes:
+        dims = axes.dims(node) if isinstance(node.meta.get("val"), Tensor) else None
+        for i, count in product(range(len(dims or ()) - 1), (2, 3)):
+            some = dims[i : i + count]
+            if len(some) == count and all(some) and some[0][0] == part[0] and sum(some, ()) == part:
+                return tuple(length(d) for d in some)
+    return tuple(t.size for t in part) if len(part) < 4 else None
+
+
+def _frame(axes: AxisMap, part: Terms, special: tuple[int, ...]) -> tuple[int, ...] | None:
+    """The grid of the patches of one frame, where special tokens lie between those of the frames."""
+    if not special:
+        return None
+    count = (length(part) - len(special)) // length(part[:-1])
+    return next((_grid(axes, p) for p in part[-1].parts if length(p) == count), None)
+
+
+def _special(part: Terms) -> Iterator[int]:
+    """Where in a run of tokens lie those that no input gave, repeated for every frame."""
+    if not part or not isinstance(part[-1], Cat):
+        return
+    inner = part[-1]
+    gave = [any(f.data for f in factors(p)) for p in inner.parts]
+    lengths = [length(p) for p in inner.parts]
+    for frame in range(length(part[:-1])):
+        place = frame * inner.size
+        for given, count in zip(gave, lengths, strict=True):
+            if not given:
+                yield from range(place, place + count)
+            place += count
 
 
 def _offset(parts: tuple[Terms, ...], chosen: int | None) -> int:

@@ -11,7 +11,7 @@ from torch import Tensor, fx
 import tokenopt.ops  # noqa: F401  (registers tokenopt::attention)
 from tokenopt.analysis.attention import SOFTMAX, Addend, AttentionMatch, match_attention
 from tokenopt.analysis.axes import AxisMap, propagate
-from tokenopt.analysis.terms import length
+from tokenopt.analysis.terms import is_channel, length
 from tokenopt.errors import Refusal
 from tokenopt.graph import GraphEditor, module_path
 from tokenopt.pipeline import Pass, PassResult
@@ -126,8 +126,7 @@ def _attention(
     flat = query.meta["val"].shape if heads is not None else None
     after = _last(*(n for n in (query, key, value, bias) if n is not None), like.prev)
     if heads is not None:
-        rows = editor.rows()
-        split = lambda t: [rows, heads, *t.meta["val"].shape[1:]]  # noqa: E731
+        split = lambda t: [-1, heads, *t.meta["val"].shape[1:]]  # noqa: E731
         query, key, value = (
             editor.insert(after, aten.reshape.default, t, split(t), like=like) for t in (query, key, value)
         )
@@ -146,7 +145,7 @@ def _attention(
 
 
 def _heads_of_rows(axes: AxisMap, query: fx.Node) -> int | None:
-    """The number of heads where the rows of a three-dimensional query are batch times heads."""
+    """The number of heads where the rows of a three-dimensional query are batch, windows or frames, and heads."""
     dims = axes.dims(query)
     if dims is None or len(dims) != 3 or not axes.batch:
         return None
@@ -154,7 +153,10 @@ def _heads_of_rows(axes: AxisMap, query: fx.Node) -> int | None:
     count = len(axes.batch)
     if rows[:count] != axes.batch or len(rows) == count:
         return None
-    return length(rows[count:])
+    heads = rows[count:]
+    while len(heads) > 1 and not is_channel(heads[:1]):  # positions: windows are samples of their own
+        heads = heads[1:]
+    return length(heads)
 
 
 def _oriented(

@@ -2,18 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, replace
+from math import prod
 from typing import Any, ClassVar
 
 import torch
+from torch import fx
 
 from tokenopt import recipes
 from tokenopt.analysis.axes import AxisMap, propagate
 from tokenopt.analysis.cuts import StreamCut, contains, find_cuts
-from tokenopt.analysis.sites import AttentionSite, find_sites
+from tokenopt.analysis.sites import AttentionSite, Segment, find_sites
 from tokenopt.analysis.terms import Terms, length
-from tokenopt.errors import IllegalReduction, Refusal
+from tokenopt.errors import IllegalReduction, Refusal, UsageError
 from tokenopt.graph import GraphEditor
 from tokenopt.inside import reduce_inside
 from tokenopt.pipeline import Pass, PassResult
@@ -25,6 +27,8 @@ from tokenopt.tokens.plan import Plan, Refused, Stream
 from tokenopt.tokens.recipe import TokenRecipe
 from tokenopt.tokens.score import build
 from tokenopt.tokens.select import around
+
+aten = torch.ops.aten
 
 
 @dataclass(frozen=True)
@@ -68,6 +72,8 @@ class ReduceTokens(Pass):
         recipe = planner.recipe
         axes = propagate(program)
         sites, _ = find_sites(axes)
+        if recipe.grid is not None:
+            sites = _with_grid(sites, recipe.grid)
         own = [s for s in sites if s.kind in ("self", "joint")]
         place = recipe.place
         cuts, refusals = find_cuts(axes, sites, paying=place.streams)
@@ -81,8 +87,12 @@ class ReduceTokens(Pass):
             groups: dict[Terms, list[StreamCut]] = {}
             for cut in cuts:
                 groups.setdefault(cut.segment.terms, []).append(cut)
-            for group in _largest(groups, place).values():
-                self._stream(editor, axes, own, group, planner, result)
+            for terms, group in groups.items():
+                why = _too_short(length(terms), map(length, groups), place)
+                if why is not None:
+                    result.refusals += [Refusal(cut.site.id, *why) for cut in group]
+                else:
+                    self._stream(editor, axes, own, group, planner, result)
         editor.finish()
         result.refusals += planner.refusals
         return result
@@ -100,6 +110,8 @@ class ReduceTokens(Pass):
             result.refusals.append(Refusal(cuts[0].site.id, why, hint))
             return
         try:
+            if (why := _no_grid(segment, recipe)) is not None:
+                raise Refused(*why)
             regions = place.regions(cuts, sites, recipe.hoists)
         except Refused as refused:
             result.refusals.append(Refusal(cuts[0].site.id, refused.why, refused.hint))
@@ -116,33 +128,72 @@ class ReduceTokens(Pass):
         if recipe.positions:
             rewriter.return_positions()
         result.edits += rewriter.edits
+        result.refusals += rewriter.refusals
 
     def _inside(
         self, editor: GraphEditor, axes: AxisMap, sites: list[AttentionSite], cuts: list[StreamCut], planner: Planner,
         result: PassResult,
     ) -> None:  # fmt: skip
-        on_stream = {c.site: c for c in cuts}
-        for region in planner.recipe.place.regions(cuts, sites, False):
-            if region.site.refusal is not None or region.axis is None or region.axis.reducible is None:
-                continue
-            region = replace(region, cut=on_stream.get(region.site))
+        recipe, on_stream = planner.recipe, {c.site: c for c in cuts}
+        longest = max((s.axis.reducible.length for s in sites if s.axis and s.axis.reducible), default=0)
+        for region in recipe.place.regions(cuts, sites, False):
+            site, why = region.site, _not_inside(region.site, longest, recipe)
             try:
+                if why is not None:
+                    raise Refused(*why)
                 edit = reduce_inside(
-                    editor, axes, region, sites, planner, spec=self.spec, proportional=planner.recipe.proportional
-                )
+                    editor, axes, replace(region, cut=on_stream.get(site)), sites, planner, spec=self.spec,
+                    proportional=recipe.proportional, restore=recipe.restore,
+                )  # fmt: skip
             except Refused as refused:
-                result.refusals.append(Refusal(region.site.id, refused.why, refused.hint))
+                result.refusals.append(Refusal(site.id, refused.why, refused.hint))
                 continue
             if edit is not None:
                 result.edits.append(edit)
 
 
-def _largest(groups: dict[Terms, list[StreamCut]], place: Place) -> dict[Terms, list[StreamCut]]:
-    """The sequences that a place inside attention does not leave out for being short."""
-    if not isinstance(place, Attention) or not place.downsample:
-        return groups
-    longest = max((length(t) for t in groups), default=0)
-    return {t: g for t, g in groups.items() if length(t) * place.downsample**2 >= longest}
+def _not_inside(site: AttentionSite, longest: int, recipe: TokenRecipe) -> tuple[str, str] | None:
+    """Why queries, keys and values of an attention cannot be reduced, and what to do."""
+    if site.refusal is not None:
+        return site.refusal.why, site.refusal.hint
+    if site.axis is None or site.axis.reducible is None:
+        return "no segment of its tokens comes from the input", "nothing to reduce here"
+    segment = site.axis.reducible
+    return _too_short(segment.length, [longest], recipe.place) or _no_grid(segment, recipe)
+
+
+def _no_grid(segment: Segment, recipe: TokenRecipe) -> tuple[str, str] | None:
+    if segment.grid is None and hasattr(recipe.restore, "spread"):
+        why = f"restore '{recipe.restore.name}' needs a grid, and these {segment.length} tokens form none"
+        return why, "restore copy"
+    return None
+
+
+def _too_short(count: int, counts: Iterable[int], place: Place) -> tuple[str, str] | None:
+    """Why a sequence is left out by a place inside attention that takes the longest ones only."""
+    longest = max(counts, default=0)
+    if not isinstance(place, Attention) or not place.downsample or count * place.downsample**2 >= longest:
+        return None
+    return f"its {count} tokens are fewer than the {longest} of the longest sequence", "place=attention reduces all"
+
+
+def _with_grid(sites: list[AttentionSite], grid: tuple[int, ...]) -> list[AttentionSite]:
+    """The sites, those over a segment of that many tokens with its grid."""
+    chosen, fits = [], False
+    for site in sites:
+        axis = site.axis
+        if axis is not None:
+            segments = tuple(
+                replace(s, grid=grid) if s.length == prod(grid) and not s.protected else s for s in axis.segments
+            )
+            fits |= segments != axis.segments or any(s.grid == grid for s in segments)
+            site = replace(site, axis=replace(axis, segments=segments))
+        chosen.append(site)
+    if not fits:
+        segments = [s.axis.reducible for s in sites if s.axis is not None]
+        lengths = ", ".join(map(str, sorted({s.length for s in segments if s is not None})))
+        raise UsageError(f"no tokens form a grid of {' x '.join(map(str, grid))}", why=f"there are {lengths}")
+    return chosen
 
 
 def _with_segment(cuts: list[StreamCut], name: str) -> list[StreamCut]:
@@ -154,6 +205,13 @@ def _with_segment(cuts: list[StreamCut], name: str) -> list[StreamCut]:
             raise IllegalReduction(f"there is no segment {name!r}", where=cut.site.id, why=f"it has {names}")
         chosen.append(replace(cut, segment=segment))
     return chosen
+
+
+def _sparing(stream: Stream, score: fx.Node) -> fx.Node:
+    """A score by which the special tokens within the segment come first."""
+    first = torch.zeros(1, stream.total, dtype=torch.bool)
+    first[0, [stream.start + i for i in stream.segment.special]] = True
+    return stream.insert(aten.masked_fill.Scalar, score, stream.constant("special", first), float("inf"))
 
 
 @dataclass
@@ -185,10 +243,16 @@ class Planner:
             kept = self.kept(stream)
             if kept >= have and not self.neutral:
                 return None
-            kept = have if self.neutral else recipe.select.fit(stream, kept)
+            special = len(stream.segment.special)
+            if special and (have < stream.segment.length or not recipe.select.spares):
+                why = f"{special} special tokens lie between the others, one or more per frame"
+                raise Refused(why, "once, before other reductions: select bipartite_grid, bipartite_frames or topk")
+            kept = have if self.neutral else max(recipe.select.fit(stream, kept), special)
             if kept + recipe.fuse.extra >= have and not self.neutral and recipe.select.gives != "masked":
                 return None
             score = build(recipe.score, stream, kept) if recipe.score is not None else None
+            if score is not None and special:
+                score = _sparing(stream, score)
             chosen = recipe.select.neutral(stream, score) if self.neutral else recipe.select.build(stream, score, kept)
             return recipe.restore.build(stream, recipe.fuse.build(stream, chosen, score, self.neutral))
         except Refused as refused:

@@ -36,6 +36,8 @@ class TokenRecipe:
             Mitigating Object Hallucination via Concentric Causal Attention, arXiv:2410.15926).
         proportional: add the log of each token's size to its attention logits (for merged tokens).
         segment: the segment to reduce; the patches by default.
+        grid: the grid that its tokens form in raster order, where the graph does not show it: (height, width), or with
+            frames first.
         source: also return which reduced token each original token went to, int64 [B, N].
         positions: also return the positions of the kept tokens, int64 [B, K].
         schedule: the default schedule.
@@ -55,6 +57,7 @@ class TokenRecipe:
     position: str = "keep"
     proportional: bool = False
     segment: str | None = None
+    grid: tuple[int, ...] | None = None
     source: bool = False
     positions: bool = False
     schedule: Mapping[str, Any] = field(default_factory=dict, hash=False)
@@ -91,6 +94,8 @@ class TokenRecipe:
                 f"restore '{self.restore.name}' does not go with place '{self.place.name}'",
                 "place block, range, attention or exit",
             )
+        if self.place.name == "attention" and self.restore.name == "canvas":
+            raise wrong("inside attention removed tokens have no features of their own to keep", "restore zero or copy")
         if self.place.outputs and self.restore.outputs:
             raise wrong(f"place '{self.place.name}' shortens outputs, and restore '{self.restore.name}' undoes it",
                         "restore none")  # fmt: skip

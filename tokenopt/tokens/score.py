@@ -276,16 +276,27 @@ class Pixels(Score, name="pixels"):
         if self.of not in ("variance", "entropy"):
             raise Refused(f"pixels have no {self.of!r} here", "of=variance or of=entropy")
         grid = stream.grid
-        inputs = [n for n in stream.editor.program.user_inputs if n.meta["val"].dim() == len(grid) + 2]
-        image = next((n for n in inputs if all(s % g == 0 for s, g in zip(n.meta["val"].shape[2:], grid, strict=True)
-                                               if isinstance(s, int))), None)  # fmt: skip
-        if image is None or image.meta["val"].dim() < 4:
+        inputs = [_pixels(stream, n, grid) for n in stream.editor.program.user_inputs]
+        image = next((n for n in inputs if n is not None), None)
+        if image is None:
             raise Refused("no input of the model is an image that these tokens tile", "use a score from attention")
         if self.of == "variance":
             score = stream.insert(ops.patch_variance.default, image, list(grid))
         else:
             score = stream.insert(ops.patch_entropy.default, image, list(grid), 256)
         return padded(stream, score)
+
+
+def _pixels(stream: Stream, node: fx.Node, grid: tuple[int, ...]) -> fx.Node | None:
+    """An input that a grid tiles, as [B, C, ...]; the channels of a video may lie behind its frames."""
+    sizes = node.meta["val"].shape[1:]
+    if len(grid) < 2 or len(sizes) != len(grid) + 1 or not all(isinstance(s, int) for s in sizes):
+        return None
+    tiles = lambda which: all(s % g == 0 for s, g in zip(which, grid, strict=True))  # noqa: E731
+    first, behind = tiles(sizes[1:]), len(grid) == 3 and tiles((sizes[0], *sizes[2:]))
+    if first and (not behind or sizes[0] <= sizes[1]):  # of two readings, the one of fewer channels
+        return node
+    return stream.editor.insert(node, aten.permute.default, node, [0, 2, 1, 3, 4]) if behind else None
 
 
 @dataclass(frozen=True)
@@ -350,7 +361,7 @@ class Anchored(Score, name="anchored"):
         """The score, where ``keep`` tokens are to be kept."""
         anchors = round(self.share * keep / (1 + 4 * self.reach))
         anchor, rest = self.anchor.build(stream), self.rest.build(stream)
-        return stream.insert(ops.boost_neighbours.default, anchor, rest, anchors, self.reach, list(stream.grid),
+        return stream.insert(ops.boost_neighbours.default, anchor, rest, anchors, self.reach, list(stream.image),
                              stream.start, stream.stop)  # fmt: skip
 
 

@@ -28,10 +28,12 @@ class Select(Primitive, kind="select"):
         scored: whether it needs a score: True, False, or None where it can use one.
         gives: whether it says where removed tokens go ("places"), mixes them softly ("soft"), leaves them as places of
             size 0 ("masked"), or none of these ("").
+        spares: whether special tokens between the others, as those of every frame, stay.
     """
 
     scored: bool | None = True
     gives: str = ""
+    spares: bool = False
 
     @property
     def reads_rows(self) -> bool:
@@ -68,6 +70,8 @@ def _plan(stream: Stream, node: fx.Node, results: int) -> Plan:
 class TopK(Select, name="topk"):
     """the best-scored tokens stay"""
 
+    spares = True
+
     def build(self, stream: Stream, score: fx.Node, keep: int) -> Plan:
         return stream.topk(score, keep)
 
@@ -103,6 +107,8 @@ class Groups(Select, name="groups"):
     groups: int = 0
     budget: tuple[float, ...] = ()
 
+    spares = True
+
     def fit(self, stream: Stream, keep: int) -> int:
         return sum(self._counts(stream, keep))
 
@@ -111,7 +117,7 @@ class Groups(Select, name="groups"):
         return _plan(stream, node, 2)
 
     def _counts(self, stream: Stream, keep: int) -> list[int]:
-        groups = self.groups or (stream.grid[0] if len(stream.grid) == 3 else 1)
+        groups = self.groups or frames_of(stream).count
         if stream.count % groups or (self.budget and len(self.budget) != groups):
             raise Refused(
                 f"{stream.count} tokens are not {groups} groups with a budget each", "change groups or budget"
@@ -162,12 +168,12 @@ class Cells(Select, name="cells"):
         return max(keep, self._slots(stream) + 1)
 
     def build(self, stream: Stream, score: fx.Node, keep: int) -> Plan:
-        node = stream.insert(ops.select_cells.default, score, keep - self._slots(stream), list(stream.grid), self.cell,
+        node = stream.insert(ops.select_cells.default, score, keep - self._slots(stream), list(stream.image), self.cell,
                              stream.start, stream.stop)  # fmt: skip
         return _plan(stream, node, 3)
 
     def _slots(self, stream: Stream) -> int:
-        return prod(ceil(size / self.cell) for size in stream.grid)
+        return prod(ceil(size / self.cell) for size in stream.image)
 
 
 @dataclass(frozen=True)
@@ -299,6 +305,7 @@ class _Partition(Select):
 
     scored = False
     gives = "places"
+    spares = True
 
     def sets(self, stream: Stream) -> tuple[list[int], list[int]]:
         """Positions in the sequence that may be removed, and those that they may go to."""
@@ -335,14 +342,14 @@ class Grid(_Partition, name="bipartite_grid"):
     seed: int | None = 0
 
     def sets(self, stream: Stream) -> tuple[list[int], list[int]]:
-        height, width = stream.grid[-2:] if len(stream.grid) > 1 else (1, stream.grid[0])
-        frames = stream.count // (height * width)
+        frames = frames_of(stream)
         generator = None if self.seed is None else torch.Generator().manual_seed(self.seed + stream.layer)
-        targets = []
-        for frame in range(frames):
-            cells = cell_tokens(height, width, self.cell, generator)
-            targets += [stream.start + frame * height * width + i for i in cells]
-        return sorted(set(range(stream.start, stream.stop)) - set(targets)), sorted(targets)
+        sources, targets = [], []
+        for first in frames.starts(stream):
+            cells = {frames.patches[i] for i in cell_tokens(*frames.grid, self.cell, generator)}
+            targets += [first + i for i in sorted(cells)]
+            sources += [first + i for i in frames.patches if i not in cells]
+        return sources, targets
 
 
 def cell_tokens(height: int, width: int, cell: int, generator: torch.Generator | None) -> list[int]:
@@ -374,40 +381,48 @@ class Frames(_Partition, name="bipartite_frames"):
     uniform: float = 0.1
 
     def sets(self, stream: Stream) -> tuple[list[int], list[int]]:
-        frames, special, height, width = _frames(stream)
-        size = len(special) + height * width
-        patches = [i for i in range(size) if i not in special]
+        frames = frames_of(stream)
+        if frames.count == 1:
+            sizes = "x".join(map(str, frames.grid))
+            raise Refused(f"its tokens are not frames of a grid, but one of {sizes}", "use bipartite_grid")
         generator = None if self.seed is None else torch.Generator().manual_seed(self.seed + stream.layer)
-        targets = [stream.start + i for i in range(size)]
+        start, *others = frames.starts(stream)
+        targets = [start + i for i in range(frames.size)]
         sources = []
-        for frame in range(1, frames):
-            first = stream.start + frame * size
-            cells = {patches[i] for i in cell_tokens(height, width, self.cell, generator)}
-            targets += [first + i for i in range(size) if i in cells or i in special]
-            sources += [first + i for i in patches if i not in cells]
+        for first in others:
+            cells = {frames.patches[i] for i in cell_tokens(*frames.grid, self.cell, generator)}
+            targets += [first + i for i in range(frames.size) if i in cells or i not in frames.patches]
+            sources += [first + i for i in frames.patches if i not in cells]
         step = stream.total // max(int(self.uniform * stream.total), 1) if self.uniform else 0
         return [i for i in sources if not step or i % step], targets
 
 
-def _frames(stream: Stream) -> tuple[int, set[int], int, int]:
-    """Frames, positions of the special tokens within one, and the grid of its patches."""
+@dataclass(frozen=True)
+class FrameGrid:
+    """A segment as frames, one for an image: how many, of ``size`` tokens each, and where in one its patches lie."""
+
+    count: int
+    size: int
+    patches: list[int]
+    grid: tuple[int, int]
+
+    def starts(self, stream: Stream) -> list[int]:
+        """Where each frame begins in the sequence."""
+        return [stream.start + i * self.size for i in range(self.count)]
+
+
+def frames_of(stream: Stream) -> FrameGrid:
+    """The frames of a segment that is complete. Raises: Refused."""
     terms: Terms = stream.segment.terms
-    inner = terms[-1] if terms else None
-    if stream.count == stream.segment.length and isinstance(inner, Cat) and len(terms) > 1:
-        place, special, patches = 0, set(), ()
-        for part in inner.parts:
-            if len(part) > 1 or (not patches and length(part) == max(length(p) for p in inner.parts)):
-                patches = part
-            else:
-                special |= set(range(place, place + length(part)))
-            place += length(part)
-        sizes = [t.size for t in patches]
-        height, width = (sizes[-2], sizes[-1]) if len(sizes) > 1 else _square(sizes[0])
-        return length(terms[:-1]), special, height, width
-    grid = stream.grid
-    if len(grid) != 3:
-        raise Refused(f"its tokens are not frames of a grid, but {'x'.join(map(str, grid))}", "use bipartite_grid")
-    return grid[0], set(), grid[1], grid[2]
+    if stream.count != stream.segment.length or not terms or not isinstance(terms[-1], Cat):
+        grid = stream.grid
+        if len(grid) not in (2, 3):
+            raise Refused(f"it needs an image or frames, and there is a grid of {'x'.join(map(str, grid))}", "use tome")
+        count, size = prod(grid[:-2]), prod(grid[-2:])
+        return FrameGrid(count, size, list(range(size)), (grid[-2], grid[-1]))
+    count, size = length(terms[:-1]), terms[-1].size
+    patches = [i for i in range(size) if i not in stream.segment.special]
+    return FrameGrid(count, size, patches, stream.segment.frame or _square(len(patches)))
 
 
 def _square(count: int) -> tuple[int, int]:
