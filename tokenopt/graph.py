@@ -253,7 +253,7 @@ def add_output(program: Program, node: fx.Node, name: str) -> None:
     specs = exported.graph_signature.output_specs
     more = any(s.kind is OutputKind.USER_OUTPUT and s.target for s in specs)  # the model's own have no name
     taken = {spec.name for spec in (*program.inputs, *program.outputs)}
-    name = next(n for n in (name, *(f"{name}_{i}" for i in itertools.count(1))) if n not in taken)
+    name = next(n for n in itertools.chain([name], (f"{name}_{i}" for i in itertools.count(1))) if n not in taken)
     out = next(n for n in reversed(program.graph.nodes) if n.op == "output")
     out.args = ((*out.args[0], node),)
     specs.append(OutputSpec(OutputKind.USER_OUTPUT, TensorArgument(name=node.name), name))

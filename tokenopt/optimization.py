@@ -190,7 +190,7 @@ def _checks(
         neutral = Pipeline(identity).run(program).program
 
         def rewritten(*tensors: Tensor) -> list[Tensor]:
-            args, kwargs = neutral.bind(tensors)
+            args, kwargs = neutral.bind(neutral.complete(tensors))
             return neutral.flat(*args, **kwargs)[: len(program.output_nodes)]
 
         rows += parity.check("identity", rewritten)
@@ -215,6 +215,8 @@ def _report(
             "digest": program.digest,
             "inputs": [asdict(i) for i in program.inputs],
             "outputs": [asdict(o) for o in program.outputs],
+            "added_inputs": [asdict(i) for i in result.program.inputs[len(program.inputs) :]],
+            "added_outputs": [asdict(o) for o in result.program.outputs[len(program.outputs) :]],
         },
         recipe=_recipe_dict(reducing, steps, short),
         schedule=reducing[0].resolved()[1].to_dict() if reducing else {},

@@ -179,6 +179,15 @@ class Program:
         fresh = iter(tensors)
         return pytree.tree_unflatten([next(fresh) if isinstance(v, Tensor) else v for v in leaves], spec)
 
+    def complete(self, tensors: Sequence[Tensor]) -> list[Tensor]:
+        """Tensors for the first inputs, and rows of the example for the others: those that a pass has added."""
+        first = zip(tensors, self.inputs, strict=False)
+        rows = next((len(t) for t, spec in first if spec.shape and isinstance(spec.shape[0], str)), None)
+        others = flatten_tensors(self.example_inputs)[len(tensors) :]
+        if rows is None:  # the batch is static
+            return [*tensors, *others]
+        return [*tensors, *(t[torch.arange(rows) % len(t)] for t in others)]
+
     def random_inputs(self, batch: int, seed: int = 0) -> tuple[tuple[Any, ...], dict[str, Any]]:
         """Fresh random (args, kwargs) like the example, at the given batch size.
 

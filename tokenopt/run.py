@@ -19,7 +19,7 @@ from tokenopt.data import batches, load_arrays, match_inputs
 from tokenopt.errors import LoweringError, TokenoptError, UsageError
 from tokenopt.inspection import inspect
 from tokenopt.loading import load_program
-from tokenopt.optimization import optimize
+from tokenopt.optimization import Result, optimize
 from tokenopt.pipeline import parse_passes
 from tokenopt.program import InputSpec, Program
 from tokenopt.report import Report
@@ -190,6 +190,7 @@ def optimize_model(
                 staging.commit()
             return Outcome(report, changed=False)
 
+        given = _completed(given, data, result)
         report.files = {"program": PROGRAM, "recipe": RECIPE, "report": REPORT}
         report.files |= {"scorer": SCORER} if scorer.exists() else {}
         with clock("save"):
@@ -382,6 +383,14 @@ def _given(data: Path | None, inputs: Sequence[InputSpec], rows: int | None) -> 
         return []
     found = batches(match_inputs(load_arrays(data), inputs), inputs, rows or CHECKED)
     return list(found) if rows is None else [next(found)]
+
+
+def _completed(given: list[list[Tensor]], data: Path | None, result: Result) -> list[list[Tensor]]:
+    """The user's inputs for the rewritten program: what it takes besides is in the data too, or as in its example."""
+    added = result.program.inputs[len(result.dense.inputs) :]
+    if data is not None and added and all(spec.name in load_arrays(data) for spec in added):
+        return _given(data, result.program.inputs, CHECKED)
+    return [result.program.complete(batch) for batch in given]
 
 
 def _new_rows(engine: Engine, known: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:

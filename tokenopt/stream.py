@@ -333,7 +333,8 @@ class StreamRewriter:
             plan, insert = version.plan, self.editor.insert
             if plan.spread is not None:
                 best = insert(plan.spread, aten.argmax.default, plan.spread, -1)
-                return insert(last_of(best, plan.index), aten.expand.default, best, [self._batch(plan.index), -1])
+                rows = self._batch(plan.index)
+                return insert(last_of(best, rows, plan.index), aten.expand.default, best, [rows, -1])
             if not version.count:
                 raise IllegalReduction(
                     "no token is left to restore the others from",
