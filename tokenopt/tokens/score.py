@@ -72,10 +72,13 @@ class SegmentRows(Score, name="text_rows"):
 
     def build(self, stream: Stream) -> fx.Node:
         site = stream.site(self.layer)
-        rows = stream.special(self.segment, site)
-        if rows is None:
+        named = [s for s in site.axis.segments if s.name == self.segment]
+        if not named:
             names = ", ".join(s.name for s in site.axis.segments)
             raise Refused(f"{site.id} has no segment {self.segment!r}, but {names}", "name one of them")
+        rows = named[-1]  # a question comes behind the image, a system prompt before
+        if site.causal and rows.start < stream.segment.start:
+            raise Refused(f"segment {self.segment!r} comes before the tokens and does not see them", "score=last_row")
         start = rows.start
         if rows.start > stream.segment.start:  # behind the reduced tokens
             start += site.node.args[0].meta["val"].shape[-2] - site.axis.length
@@ -349,7 +352,7 @@ class Anchored(Score, name="anchored"):
     Source: Liu et al., HiPrune, arXiv:2508.00553: anchors, buffers and registers.
     """
 
-    anchor: Score = field(default_factory=lambda: Received(layer=0.34))
+    anchor: Score = field(default_factory=lambda: Received(layer=0.35))
     rest: Score = field(default_factory=lambda: Received())
     share: float = 0.1
     reach: int = 1
