@@ -167,7 +167,8 @@ def _restore(editor: GraphEditor, plan: Plan, rows: fx.Node, stream: Stream) -> 
             add_output(editor.program, full, plan.returned)
         return full
     if plan.spread is not None:
-        return editor.insert(rows, ops.mix_tokens.default, rows, plan.spread, 1, 0, stream.start, count)
+        after = max(rows, plan.spread)
+        return editor.insert(after, ops.mix_tokens.default, rows, plan.spread, 1, 0, stream.start, count)
     dst = plan.dst
     if dst is None:
         dst = editor.insert(rows, ops.nearest_tokens.default, stream.rows, plan.index, plan.src, stream.start, count)

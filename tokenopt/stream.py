@@ -477,15 +477,14 @@ class StreamRewriter:
 
     def _mixed(self, node: fx.Node, dims: Dims, dim: int, matrix: fx.Node, have: int) -> fx.Node:
         """Mixtures of the tokens along one dimension, by a matrix per sample."""
-        start = offset_in(dims[dim], self.segment)
         batch = self._batch_of(dims)
-        if start is None or (dims[batch] != self.axes.batch and matrix.meta["val"].shape[0] != 1):
-            raise IllegalReduction(
-                "tokens are mixed where they share a dimension with others",
-                where=f"{node.name} ({module_path(node)})",
-                hint="use a recipe that drops or merges tokens",
-            )
-        return self.editor.insert(last_of(node, matrix), ops.mix_tokens.default, node, matrix, dim, batch, start, have)
+        insert, mix = self.editor.insert, ops.mix_tokens.default
+        start = offset_in(dims[dim], self.segment)
+        if start is not None and (dims[batch] == self.axes.batch or matrix.meta["val"].shape[0] == 1):
+            return insert(last_of(node, matrix), mix, node, matrix, dim, batch, start, have)
+        after, count = last_of(node, matrix), matrix.meta["val"].shape[1]
+        return self._opened(after, node, dims, dim, batch, have, count,
+                            lambda x, at, b, first: insert(x, mix, x, matrix, at, b, first, have))  # fmt: skip
 
     def _align(self, operand: fx.Node, node: fx.Node, version: _Version) -> fx.Node | None:
         """An operand of full length beside a reduced one: position terms are gathered, stream values reduced alike."""
@@ -547,7 +546,9 @@ class StreamRewriter:
         opened_batch = dims[batch_dim] != self.axes.batch and bool(dims[batch_dim]) and self.axes.batch != ()
         start = offset_in(terms, self.segment)
         if start is None or opened_batch:
-            return self._gather_opened(node, dims, dim, index, have, batch_dim)
+            insert, gather, count = editor.insert, ops.gather_tokens.default, index.meta["val"].shape[1]
+            return self._opened(after, node, dims, dim, batch_dim, have, count,
+                                lambda x, at, b, first: insert(x, gather, x, index, at, b, first, have))  # fmt: skip
         return editor.insert(after, ops.gather_tokens.default, node, index, dim, batch_dim, start, have)
 
     def _batch_of(self, dims: tuple[Terms, ...]) -> int:
@@ -557,10 +558,14 @@ class StreamRewriter:
                 return i
         return next((i for i, d in enumerate(dims) if length(d) == 1), 0)
 
-    def _gather_opened(
-        self, node: fx.Node, dims: tuple[Terms, ...], dim: int, index: fx.Node, have: int, batch_dim: int
-    ) -> fx.Node:
-        """The same where batch or tokens share a dimension with others: open it, gather, close it."""
+    def _opened(
+        self, after: fx.Node, node: fx.Node, dims: tuple[Terms, ...], dim: int, batch_dim: int, have: int, count: int,
+        change: Callable[[fx.Node, int, int, int | None], fx.Node],
+    ) -> fx.Node:  # fmt: skip
+        """Changes ``have`` tokens to ``count`` where batch or tokens share a dimension with others: open it, close it.
+
+        ``change`` gets the value, its token dimension, its batch dimension, and where the segment starts.
+        """
         editor, batch = self.editor, self.axes.batch
         closed = [
             reduced_length(d, self.segment, have) if d[: len(batch)] != batch or not batch else None for d in dims
@@ -585,12 +590,10 @@ class StreamRewriter:
                 else:
                     opened.append(part)
         shape = [-1 if p == batch and batch else reduced_length(p, self.segment, have) for p in opened]
-        view = editor.insert(last_of(node, index), aten.reshape.default, node, shape)
-        start = offset_in(opened[token_at], self.segment)
-        gathered = editor.insert(view, ops.gather_tokens.default, view, index, token_at, batch_at, start, have)
-        count = index.meta["val"].shape[1]
+        view = editor.insert(after, aten.reshape.default, node, shape)
+        changed = change(view, token_at, batch_at, offset_in(opened[token_at], self.segment))
         final = [-1 if c is None else reduced_length(d, self.segment, count) for c, d in zip(closed, dims, strict=True)]
-        return editor.insert(gathered, aten.reshape.default, gathered, final)
+        return editor.insert(changed, aten.reshape.default, changed, final)
 
     # -- reducing ------------------------------------------------------------------------------------------------------
 

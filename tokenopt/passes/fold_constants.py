@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, ClassVar
@@ -26,6 +27,8 @@ class FoldConstants(Pass):
     """Replaces input-independent subgraphs by constants: relative-position bias gathers, RoPE tables, masks.
 
     A value that differs only by being repeated over the batch becomes one row, expanded. Plain views of weights stay.
+    What is read of a stack, as some of the intermediate outputs of an encoder, is read from its parts, so that the
+    others need not be computed.
 
     Rewrite:  index(table, relative_index).view(N, N, H).permute(2, 0, 1)  ->  constant [H, N, N]
     """
@@ -34,8 +37,9 @@ class FoldConstants(Pass):
     max_elements: int = 2**26
 
     def run(self, program: Program) -> PassResult:
-        axes = propagate(program)
         editor = GraphEditor(program)
+        _read_parts(editor)
+        axes = propagate(program)
         evaluator = _Evaluator(program)
         result = PassResult()
         if _fold_scalars(program, axes, evaluator):
@@ -76,6 +80,57 @@ class FoldConstants(Pass):
         row = one.narrow(dynamic[0], 0, 1)
         same = all(torch.equal(row.expand_as(part), part) for part in (one, two))
         return row.clone() if same else None
+
+
+def _read_parts(editor: GraphEditor) -> None:
+    """Reads of a stack along the stacked dimension become reads of its parts."""
+    for node in list(editor.graph.nodes):
+        source = node.args[0] if node.op == "call_function" and node.args else None
+        if node.target is operator.getitem and isinstance(source, fx.Node) and source.target is aten.unbind.int:
+            parts = _parts(source.args[0], _dim(source, 1))
+            new = parts[node.args[1]] if parts else None
+        elif node.target is aten.select.int and isinstance(node.args[2], int):
+            parts = _parts(source, node.args[1])
+            new = parts[node.args[2]] if parts else None
+        elif node.target is aten.slice.Tensor and all(isinstance(a, int) for a in node.args[1:]):
+            dim = _dim(node, 1)
+            parts = _parts(source, dim)
+            chosen = parts[slice(*node.args[2:])] if parts else None
+            whole = not chosen or len(chosen) == len(parts)
+            new = None if whole else editor.insert(node, aten.stack.default, chosen, _stacked(source))
+        elif node.target is aten.index.Tensor and sum(i is not None for i in node.args[1]) == 1:
+            dim = next(i for i, n in enumerate(node.args[1]) if n is not None)
+            parts, places = _parts(source, dim), _numbers(editor.program, node.args[1][dim])
+            chosen = [parts[i] for i in places] if parts and places else None
+            new = editor.insert(node, aten.stack.default, chosen, dim) if chosen else None
+        else:
+            continue
+        if new is not None:
+            node.replace_all_uses_with(new)
+    remove_dead(editor.program)
+
+
+def _numbers(program: Program, node: fx.Node) -> list[int] | None:
+    """The integers of a constant vector."""
+    while node.target in (aten.clone.default, aten.lift_fresh_copy.default):
+        node = node.args[0]
+    value = program.constant(node)
+    return value.tolist() if value is not None and value.dim() == 1 and value.dtype is torch.int64 else None
+
+
+def _dim(node: fx.Node, index: int) -> int:
+    return node.args[index] if len(node.args) > index else node.kwargs.get("dim", 0)
+
+
+def _stacked(node: fx.Node) -> int:
+    return _dim(node, 1) % node.meta["val"].dim()
+
+
+def _parts(node: Any, dim: int) -> list[fx.Node] | None:
+    """What a value is stacked from, if it is along a dimension."""
+    if not isinstance(node, fx.Node) or node.target is not aten.stack.default:
+        return None
+    return list(node.args[0]) if dim % node.meta["val"].dim() == _stacked(node) else None
 
 
 def _fold_scalars(program: Program, axes: AxisMap, evaluator: _Evaluator) -> bool:
