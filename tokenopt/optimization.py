@@ -257,3 +257,12 @@ def _refusal_dict(site: AttentionSite, refusals: list[Refusal]) -> dict[str, str
 
 def _unique(refusals: Iterable[Refusal]) -> list[Refusal]:
     return list(dict.fromkeys(refusals))
+
+
+def _token_counts(sites: list[AttentionSite], program: Program) -> tuple[list[int], list[int]]:
+    """Tokens that enter each attention, before and after; sites that were not raised are as before."""
+    now = [n for n in program.graph.nodes if n.target is torch.ops.tokenopt.attention.default]
+    raised = [s for s in sites if s.raised]
+    counts = {s.id: int(n.args[0].meta["val"].shape[-2]) for s, n in zip(raised, now, strict=False)}
+    before = [s.queries for s in sites]
+    return before, [counts.get(s.id, s.queries) for s in sites]

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from itertools import pairwise
 from math import ceil
 from pathlib import Path
@@ -15,9 +15,6 @@ import yaml
 
 from tokenopt.errors import UsageError
 
-_METRICS = ("flops", "tokens")
-_BUDGETS = "flops=60% or tokens=60%"
-_KEEP_STEPS = 1000
 _FORMS = "r=13, r=16:-1 (r, inflection), r=16,14,12 (a list), keep=0.7@3,6,9 or @0.25,0.5, or a JSON or YAML file"
 
 
@@ -112,23 +109,6 @@ class Schedule:
             return r if count == 1 else int(low + step * layer)
         return self.r or 0
 
-    def limit(self, tokens: int) -> int:
-        """The largest scale that `scaled` takes, for a stream of so many reducible tokens."""
-        return _KEEP_STEPS - 1 if self.keep is not None else tokens
-
-    def scaled(self, scale: int) -> Schedule:
-        """A schedule of the same shape that removes more the larger ``scale`` is, and nothing at 0.
-
-        It is ``r`` where that is one number or a mean, the largest of a list of them, and for ``keep`` the share that
-        goes, in thousandths.
-        """
-        if self.keep is not None:
-            return replace(self, keep=1.0 - scale / _KEEP_STEPS if scale else 1.0)
-        if isinstance(self.r, list):
-            most = max(self.r, default=0)
-            return Schedule(r=[round(v * scale / most) if most else 0 for v in self.r])
-        return Schedule(r=(scale, self.r[1]) if isinstance(self.r, tuple) else scale)
-
     def to_dict(self) -> dict[str, Any]:
         """A mapping that `parse` reads back."""
         if self.keep is not None:
@@ -175,51 +155,6 @@ class Budget:
 
     def __str__(self) -> str:
         return f"{self.metric}={100 * self.share:g}%"
-
-
-@dataclass(frozen=True)
-class Budget:
-    """The most that a rewritten program may cost, as a share of what the dense one does.
-
-    Attributes:
-        metric: "flops", of one run; or "tokens", summed over the attentions (for a recipe that shortens outputs, those
-            that leave).
-        share: in (0, 1).
-    """
-
-    metric: str
-    share: float
-
-    @staticmethod
-    def parse(spec: Any) -> Budget:
-        """A budget from a text such as ``flops=60%`` or ``tokens=0.6``, or a budget.
-
-        Raises:
-            UsageError: if it is none, of another metric, or no share between 0 and 100 %.
-        """
-        if isinstance(spec, Budget):
-            return spec
-        match = re.fullmatch(r"\s*([\w-]+)\s*=\s*([\d.]+)\s*(%?)\s*", str(spec))
-        if match is None:
-            raise UsageError(f"not a budget: {spec!r}", hint=_BUDGETS)
-        if match[1] not in _METRICS:
-            raise UsageError(
-                f"there is no budget of {match[1]!r}",
-                why=f"what is supported now is {' and '.join(_METRICS)}: they need no measurement",
-                hint=_BUDGETS,
-            )
-        try:
-            share = float(match[2]) / (100.0 if match[3] else 1.0)
-        except ValueError:
-            raise UsageError(f"not a budget: {spec!r}", why=f"{match[2]} is no number", hint=_BUDGETS) from None
-        if not 0.0 < share < 1.0:
-            raise UsageError(
-                f"not a budget: {spec!r}", why="it is a share of the dense model, above 0 and below 100 %", hint=_BUDGETS
-            )
-        return Budget(match[1], share)
-
-    def __str__(self) -> str:
-        return f"{self.metric}={self.share:.4g}" if self.share < 0.01 else f"{self.metric}={100 * self.share:.4g}%"
 
 
 def _is_layer(x: Any) -> bool:
