@@ -242,18 +242,19 @@ def verify(
 
 @app.command()
 def explain(
-    subject: Annotated[str, typer.Argument(metavar="REPORT|NAME", help="A report.json, or a name.")],
+    subject: Annotated[str, typer.Argument(metavar="REPORT|NAME", help="A report.json, a name, or a recipe's YAML.")],
     site: Annotated[str | None, typer.Option(metavar="ID", help="A site of the report, or a part of its id.")] = None,
 ) -> None:
     """Explain a name, or a site of a report.
 
-    A name is that of a pass, recipe, runtime, operation or error. Of a site it says what was done, or why nothing was.
+    A name is that of a pass, recipe, part of a recipe, runtime, operation or error. Of a site it says what was done, or
+    why nothing was.
     """
     from tokenopt import terminal
     from tokenopt.explain import explain_name, explain_site
     from tokenopt.report import Report
 
-    if not Path(subject).is_file():
+    if not Path(subject).is_file() or subject.endswith((".yaml", ".yml")):
         if site is not None:
             raise UsageError("there is no such report", where=subject)
         print(explain_name(subject))
@@ -266,9 +267,26 @@ def explain(
 
 
 @app.command()
-def recipes(json: Json = False) -> None:
-    """List the registered recipes."""
-    _list("tokenopt.recipes", "recipe", json)
+def recipes(
+    matrix: Annotated[bool, typer.Option("--matrix", help="Build each for every runtime here.")] = False,
+    json: Json = False,
+) -> None:
+    """List the registered recipes.
+
+    With --matrix each is built for every runtime that is installed, on a small vision transformer, and compared: the
+    largest relative error, or why it was refused.
+    """
+    from tokenopt import terminal
+    from tokenopt.explain import recipe_rows
+
+    if not matrix:
+        _show(recipe_rows(), terminal.recipe_table, json)
+        return
+    from tokenopt.matrix import recipe_matrix
+
+    with terminal.Stages() as progress:
+        rows = recipe_matrix(progress=progress)
+    _show(rows, terminal.matrix_table, json)
 
 
 @app.command()

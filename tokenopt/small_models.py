@@ -1,4 +1,4 @@
-"""Small transformers in plain torch, to try recipes and runtimes on: seconds to build, and nothing to download."""
+"""Small transformers in plain torch, to try recipes and runtimes on: nothing to download, and quick to build."""
 
 from __future__ import annotations
 
@@ -64,6 +64,9 @@ class _Block(nn.Module):
         q, k, v = self.qkv(self.norm1(x)).unflatten(2, (3, self.heads, -1)).permute(2, 0, 3, 1, 4).unbind(0)
         x = x + self.proj(nn.functional.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2))
         return x + self.mlp(self.norm2(x))
+
+
+MODELS = ("image", "video")
 
 
 def small_model(name: str = "image", seed: int = 0) -> tuple[nn.Module, Tensor]:

@@ -58,6 +58,8 @@ class ReduceTokens(Pass):
     def resolved(self) -> tuple[TokenRecipe, Schedule]:
         """The recipe and the schedule that this pass stands for."""
         recipe = recipes.get(self.recipe).with_settings(self.settings)
+        if self.schedule is None and not recipe.schedule:
+            raise UsageError(f"recipe {recipe.name} has no schedule", hint="give one, such as --schedule keep=0.5")
         return recipe, Schedule.parse(recipe.schedule if self.schedule is None else self.schedule)
 
     def identity(self) -> ReduceTokens:
