@@ -39,13 +39,20 @@ class Score(Primitive, kind="score"):
 
 @dataclass(frozen=True)
 class ClassRow(Score, name="cls_row"):
-    """how much the class token attends to a token, averaged over heads"""
+    """how much the class token attends to a token, averaged over heads
+
+    Args:
+        otherwise: "received" takes the attention received from all tokens where there is no class token.
+    """
 
     layer: int | float | None = None
+    otherwise: str = "refuse"
 
     def build(self, stream: Stream) -> fx.Node:
         site = stream.site(self.layer)
         cls = stream.special("cls", site) if site.axis is not None else None
+        if cls is None and self.otherwise == "received":
+            return stream.received(site)
         if cls is None:
             why = "it scores by the class token's attention, and there is no class token"
             raise Refused(why, "score with received, or use a recipe without a class token, such as tome")
@@ -347,7 +354,7 @@ class Anchored(Score, name="anchored"):
     """the best tokens by one score with their neighbours on the grid first, then the others by another score
 
     Args:
-        share: K kept tokens have share K / (1 + 4 reach) anchors.
+        share: K kept tokens have share K / 5 anchors.
         reach: how many steps away, up, down, left and right, a neighbour is.
     Source: Liu et al., HiPrune, arXiv:2508.00553: anchors, buffers and registers.
     """
@@ -362,7 +369,7 @@ class Anchored(Score, name="anchored"):
 
     def build_for(self, stream: Stream, keep: int) -> fx.Node:
         """The score, where ``keep`` tokens are to be kept."""
-        anchors = round(self.share * keep / (1 + 4 * self.reach))
+        anchors = round(self.share * keep / 5)
         anchor, rest = self.anchor.build(stream), self.rest.build(stream)
         return stream.insert(ops.boost_neighbours.default, anchor, rest, anchors, self.reach, list(stream.image),
                              stream.start, stream.stop)  # fmt: skip
