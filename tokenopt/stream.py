@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
@@ -13,7 +14,7 @@ import tokenopt.ops  # noqa: F401  (registers the operations)
 from tokenopt.analysis.axes import AxisMap, Effect, EffectKind, tensor_operands
 from tokenopt.analysis.cuts import Decision, contains, decide, offset_in, reduced_length
 from tokenopt.analysis.sites import AttentionSite, Segment
-from tokenopt.analysis.terms import Cat, Dims, Terms, length
+from tokenopt.analysis.terms import Cat, Dims, Factor, Terms, length
 from tokenopt.errors import IllegalReduction, Refusal
 from tokenopt.graph import GraphEditor, add_output, module_path, shape_of
 from tokenopt.program import Edit
@@ -33,7 +34,7 @@ class _Version:
     ``plan`` is over the parent's sequence of ``total`` tokens, whose segment starts at ``start`` and had ``before``
     tokens and now has ``count``; ``terms`` are the sequence's; ``stream`` is the value that was reduced; ``size``
     [B, M] is how many originals each token of the whole sequence stands for; ``rows`` [B, N, C] are the tokens before.
-    Inside attention, only ``readers`` get fewer tokens of ``stream``.
+    Inside attention, only ``readers`` get fewer tokens of ``stream``, and what is ``beside`` them keeps all of its.
     """
 
     parent: _Version | None
@@ -48,6 +49,7 @@ class _Version:
     size: fx.Node | None
     step: int
     readers: set[fx.Node] | None = None
+    beside: set[fx.Node] = field(default_factory=set)
     cache: dict[Any, fx.Node] = field(default_factory=dict)
 
     @property
@@ -87,6 +89,8 @@ class StreamRewriter:
         self.learned: set[fx.Node] = set()
         self.seen: dict[fx.Node, _Version | None] = {}
         self.version: _Version | None = None
+        self.counted = {n: kind for n in editor.graph.nodes if (kind := _count_of(n)) is not None}
+        self.before = self._count_before()
         self.until: set[fx.Node] = set()
         self.edits: list[Edit] = []
         self.refusals: list[Refusal] = []
@@ -111,12 +115,43 @@ class StreamRewriter:
     def return_source(self) -> None:
         """One more output: for each original token, the reduced token that it is part of, int64 [B, originals]."""
         if self.version is not None:
+            if self._origins(self.segment) is not None:
+                raise IllegalReduction(
+                    "source is of tokens that were reduced before",
+                    where=self.regions[0].site.id,
+                    hint="let the first reduction return its source, or positions",
+                )
             add_output(self.editor.program, self._map(self.version), "source")
 
     def return_positions(self) -> None:
         """One more output: the position of each token that is left, as position terms see it, int64 [B, left]."""
-        if self.version is not None:
-            add_output(self.editor.program, self._positions(self.version), "positions")
+        if self.version is None:
+            return
+        positions, origins = self._positions(self.version), self._origins(self.segment)
+        if origins is not None and self.position == "keep":
+            positions = self.editor.insert(last_of(positions, origins), aten.gather.default, origins, 1, positions)
+        add_output(self.editor.program, positions, "positions")
+
+    def _origins(self, segment: Terms) -> fx.Node | None:
+        """Which original each token of a segment stands for that an earlier pass reduced, [B, its length]."""
+        made = segment[0].origin if len(segment) == 1 and isinstance(segment[0], Factor) else None
+        if made is None or str(made.target).split(".")[0] != "tokenopt" and self.editor.program.constant(made) is None:
+            return None
+        names = [a.name for a in made.target._schema.arguments] if made.op == "call_function" else []
+        if "stop" not in names:
+            raise IllegalReduction(
+                "tokens that were mixed before stand for no position",
+                where=self.regions[0].site.id,
+                hint="return positions in the first reduction",
+            )
+        start, stop = (made.args[names.index(n)] for n in ("start", "stop"))
+        index = self.editor.item(made, 0)
+        index = self.editor.insert(index, aten.slice.Tensor, index, 1, start, start + length(segment))
+        index = self.editor.insert(index, aten.sub.Tensor, index, start)
+        parent = self._origins(part_at(self.axes.dims(made.args[0])[1], start, stop))
+        if parent is None:
+            return index
+        return self.editor.insert(last_of(index, parent), aten.gather.default, parent, 1, index)
 
     # -- following the reduced values --------------------------------------------------------------------------------
 
@@ -135,10 +170,10 @@ class StreamRewriter:
             decision.barrier = Effect(node, operands[0], 0, EffectKind.ALIGN, "it is seen with all positions")
         if decision.barrier is None:
             for operand in decision.align:
-                if version.readers is not None and operand in self.learned:
+                if operand in version.beside:
                     decision.barrier = Effect(node, operand, 0, EffectKind.ALIGN, "the stream keeps all its tokens")
                     break
-                gathered = self._align(operand, node, version)
+                gathered = self._counts(operand, version) or self._align(operand, node, version)
                 if gathered is None:
                     decision.barrier = Effect(node, operand, 0, EffectKind.ALIGN, "its batch is not a dimension")
                     break
@@ -161,7 +196,7 @@ class StreamRewriter:
             self.value[node] = (node, version)
         self.editor.infer(node)
         if version.size is not None:
-            if decision.attends and self.proportional:
+            if decision.attends and self.proportional and not any(map(self._is_count, decision.align)):
                 self._add_size_bias(node, version)
             if decision.means:
                 self._weigh_mean(node, operands[0], decision.means, version)
@@ -249,13 +284,14 @@ class StreamRewriter:
             after = last_of(plan.assign, rows)
             mix = ops.mix_tokens.default
             return editor.insert(after, mix, rows, plan.assign, 1, 0, step.start, step.before), plan.size
-        weight = plan.weight
-        if plan.fuse == "sized" and step.parent is not None:
-            weight = self._sizes(step.parent, step.terms)
+        weight = self._sizes(step.parent or self.before, step.terms) if plan.fuse == "sized" else plan.weight
         after = last_of(rows, index, plan.src, plan.dst, weight)
         merged = editor.insert(after, ops.merge_tokens.default, rows, weight, index, plan.src, plan.dst,
                                plan.fuse != "sum")  # fmt: skip
-        return editor.item(merged, 0), editor.item(merged, 1) if plan.fuse == "sized" else None
+        if plan.fuse != "sized":
+            return editor.item(merged, 0), None
+        merged.meta["custom"] = {COUNT: "sizes"}
+        return editor.item(merged, 0), editor.item(merged, 1)
 
     # -- the pieces of a version ---------------------------------------------------------------------------------------
 
@@ -357,8 +393,34 @@ class StreamRewriter:
         size = node.meta["val"].shape[0]
         return size if isinstance(size, int) else self.editor.insert(node, aten.sym_size.int, node, 0)
 
-    def _sizes(self, version: _Version, terms: Terms) -> fx.Node:
-        """The sizes of a sequence that contains the segment: [B, its length]."""
+    def _count_before(self) -> _Version | None:
+        """What earlier passes merged, as a version before the first: the sizes of the segment's tokens."""
+        for node, kind in self.counted.items():
+            if kind == "log":
+                continue
+            at = _SIZES[kind]
+            terms = self.axes.results(node)[at][1]
+            if (start := offset_in(terms, self.segment)) is not None:
+                size = node if kind == "size" else self.editor.item(node, at)
+                return _Version(None, None, terms, start, length(terms), 0, self.full, node, node, size, 0)
+        return None
+
+    def _counts(self, operand: fx.Node, version: _Version) -> fx.Node | None:
+        """The sizes (or their log) that an earlier pass gave an operation, after this pass."""
+        if version.size is None or not self._is_count(operand):
+            return None
+        terms = self.axes.dims(operand)[1]
+        return self._log_sizes(version, terms) if self.counted.get(operand) == "log" else self._sizes(version, terms)
+
+    def _is_count(self, node: fx.Node) -> bool:
+        """Whether a value is the sizes of merged tokens, or their log, made by an earlier pass."""
+        made = self.counted.get(node.args[0] if node.target is operator.getitem else node)
+        return made in ("log", "size") or (made is not None and node.args[1:] == (_SIZES[made],))
+
+    def _sizes(self, version: _Version | None, terms: Terms) -> fx.Node | None:
+        """The sizes of a sequence that contains the segment: [B, its length]; None if they are all one."""
+        if version is None or version.size is None:
+            return None
         if terms == version.terms:
             return version.size
 
@@ -376,23 +438,27 @@ class StreamRewriter:
                     rows = self.editor.insert(size, aten.slice.Tensor, size, 1, 0, 1)
                     ones = self.editor.insert(rows, aten.ones_like.default, rows)
                     parts.insert(place, self.editor.insert(ones, aten.expand.default, ones, [-1, count]))
-            if len(parts) == 1:
-                return size
-            return self.editor.insert(last_of(*parts), aten.cat.default, parts, 1)
+            whole = size if len(parts) == 1 else self.editor.insert(last_of(*parts), aten.cat.default, parts, 1)
+            if whole is not version.size:
+                whole.meta["custom"] = {COUNT: "size"}
+            return whole
 
         return self._cached(version, ("size", terms), make)
+
+    def _log_sizes(self, version: _Version, terms: Terms) -> fx.Node:
+        def make() -> fx.Node:
+            size = self._sizes(version, terms)
+            node = self.editor.insert(size, aten.log.default, size)
+            node.meta["custom"] = {COUNT: "log"}
+            return node
+
+        return self._cached(version, ("log size", terms), make)
 
     # -- obligations ---------------------------------------------------------------------------------------------------
 
     def _add_size_bias(self, node: fx.Node, version: _Version) -> None:
         """Attention to merged tokens counts the originals: + log(size) on the logits of each key."""
-        terms = self.axes.dims(node.args[1])[-2]
-
-        def make() -> fx.Node:
-            size = self._sizes(version, terms)
-            return self.editor.insert(size, aten.log.default, size)
-
-        bias = self._cached(version, ("log size", terms), make)
+        bias = self._log_sizes(version, self.axes.dims(node.args[1])[-2])
         args = [*node.args, *[None] * (5 - len(node.args))]
         if args[4] is not None:
             bias = self.editor.insert(node.prev, aten.add.Tensor, args[4], bias)
@@ -639,18 +705,27 @@ class StreamRewriter:
         rows, back = self._rows(node, dims)
         cuts = [r.cut for r in self.regions if r.cut is not None]
         track = lambda n, s: self._track(n, s, parent)  # noqa: E731
-        size = self._sizes(parent, terms) if parent is not None and parent.size is not None else None
+        size = self._sizes(parent or self.before, terms)
         stream = Stream(self.editor, region, self.whole, rows, start, have, total, size, self.sites, cuts, track)
         plan = self.plan(stream)
         if plan is None:
+            return
+        if size is not None and plan.fuse == "soft" and plan.size is None:
+            why = "tokens that stand for several were merged before, and a mixture of them counts each as one"
+            self.refusals.append(Refusal(region.site.id, why, "a recipe that drops or merges tokens, or another order"))
             return
         count = plan.index.meta["val"].shape[1] - (total - have)
         step = parent.step + 1 if parent is not None else 1
         self.version = _Version(parent, plan, terms, start, total, have, count, region.after, rows, None, step)
         if region.update is not None:
             self.version.readers = _between(region.after, region.site.node)
-            self.learned.add(region.after)  # nor is what is computed from it a position term
+            self.version.beside = _below(region.cut.entry)
         reduced, self.version.size = self._fused(plan, rows, self.version)
+        if size is not None and self.version.size is None:  # a kept place counts what the token there did
+            gather = ops.gather_tokens.default
+            kept = self.editor.insert(last_of(size, plan.index), gather, size, plan.index, 1, 0, 0, total)
+            kept.meta["custom"] = {COUNT: "size"}
+            self.version.size = kept
         self.value[region.after] = (back(reduced), self.version)
         self.restored.pop(region.after, None)
         self.edits.append(Edit(self.spec, region.site.id, total, total - have + count))
@@ -716,6 +791,42 @@ def _between(first: fx.Node, last: fx.Node) -> set[fx.Node]:
         if any(n in below for n in node.all_input_nodes):
             below.add(node)
     return below - {first}
+
+
+def part_at(terms: Terms, start: int, stop: int) -> Terms:
+    """The part of a concatenation at an offset; the whole where it is none."""
+    offset = 0
+    for part in terms[0].parts if len(terms) == 1 and isinstance(terms[0], Cat) else ():
+        if (offset, offset + length(part)) == (start, stop):
+            return part
+        offset += length(part)
+    return terms
+
+
+def _below(first: fx.Node) -> set[fx.Node]:
+    """A value and all that is computed from it."""
+    below, stack = {first}, [first]
+    while stack:
+        for user in stack.pop().users:
+            if user not in below:
+                below.add(user)
+                stack.append(user)
+    return below
+
+
+COUNT = "tokenopt_count"
+"""What a node's ``meta["custom"]``, which is saved with a program, says of the sizes of merged tokens: that it is their
+"log", or a "size" itself, or that it has "sizes" or "masked" ones among its results."""
+
+_SIZES = {"size": 0, "sizes": 1, "masked": 3}
+
+
+def _count_of(node: fx.Node) -> str | None:
+    if node.target is ops.match_threshold.default:
+        return "masked"
+    kind = (node.meta.get("custom") or {}).get(COUNT)
+    of_results = node.target is operator.getitem  # reading a file gives these what is said of the operation
+    return None if of_results or (kind == "sizes" and node.target is not ops.merge_tokens.default) else kind
 
 
 def rings(height: int, width: int) -> torch.Tensor:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import operator
 import sys
 from typing import Any
 
@@ -421,6 +422,9 @@ def attention(axes: Axes, node: fx.Node) -> Dims:
         axes.effect(node, operand, len(dk) - 2, EffectKind.ATTEND, "attention weighs over it")
     for operand, dims in ((query, dq), (key, dk)):
         axes.effect(node, operand, len(dims) - 1, EffectKind.LAYOUT, "attention contracts it")
+    counts = node.args[4] if len(node.args) > 4 and "tokenopt" in str(node.target) else None
+    if counts is not None:
+        axes.unify(dk[-2], axes.of(counts)[1])
     bias = _argument(node, 3, "attn_mask")
     if bias is not None:
         logits = (*lead, dq[-2], dk[-2])
@@ -611,20 +615,116 @@ def topk(axes: Axes, node: fx.Node) -> list[Dims]:
     return [(*dims[:dim], axes.fresh(count, node, dim), *dims[dim + 1 :])] * 2
 
 
-# -- our own operations: each reduction starts an axis of its own -----------------------------------------------------
+# -- our own operations: kept tokens start an axis of their own, between the protected ones, which stay what they are --
 
 
-@axis_rule("tokenopt.take_tokens tokenopt.gather_tokens tokenopt.mean_tokens tokenopt.mix_tokens")
+def _named(node: fx.Node, name: str) -> Any:
+    """An argument of one of our operations, by the name that its schema gives."""
+    for i, argument in enumerate(node.target._schema.arguments):
+        if argument.name == name:
+            return node.args[i] if len(node.args) > i else node.kwargs.get(name, argument.default_value)
+    return None
+
+
+def _replaced(axes: Axes, terms: Terms, start: int, stop: int, middle: Terms) -> Terms:
+    """A sequence of which the tokens [start, stop) have become others."""
+    total = length(terms)
+    head = axes.take(terms, 0, start) if start else ()
+    tail = axes.take(terms, stop, total - stop) if stop < total else ()
+    if head is None or tail is None:
+        return middle
+    parts = [p for p, there in ((head, start), (middle, True), (tail, stop < total)) if there]
+    return resolve(parts[0] if len(parts) == 1 else (concatenate([resolve(p) for p in parts]),))
+
+
+def _mark_data(axes: Axes, node: fx.Node, old: Terms, new: Terms) -> None:
+    """Tokens chosen by constants are those of the input, too, if what they are chosen from is."""
+    if node.args[0] in axes.map.data and any(f.data for f in factors(resolve(old))):
+        for factor in factors(resolve(new)):
+            factor.data = True
+
+
+def _reduces(axes: Axes, node: fx.Node, why: str = "tokens are reduced here") -> None:
+    for operand in tensor_operands(node):
+        for dim in range(1, len(axes.of(operand))):
+            axes.effect(node, operand, dim, EffectKind.LAYOUT, why)
+
+
+def _results(axes: Axes, node: fx.Node, *some: Dims | None) -> Any:
+    """The dimensions of each result of a reduction; by default those of unrelated numbers per sample."""
+    first = axes.of(node.args[0])[0]
+
+    def out(value: Tensor, known: Dims | None) -> Dims:
+        if known is not None:
+            return known
+        shape = axes.shape(value)
+        return tuple(first if i == 0 and length(first) == s else axes.fresh(s, node, i) for i, s in enumerate(shape))
+
+    value = node.meta["val"]
+    if isinstance(value, Tensor):
+        return out(value, some[0] if some else None)
+    return [out(v, some[i] if i < len(some) else None) for i, v in enumerate(value)]
+
+
+@axis_rule("tokenopt.gather_tokens tokenopt.mix_tokens")
 def gathered(axes: Axes, node: fx.Node) -> Dims:
-    dims = axes.of(node.args[0])
-    shape = axes.shape(node.meta["val"])
-    at = len(shape) - len(dims)
-    for dim in range(len(dims)):
-        if length(dims[dim]) != shape[dim + at]:
-            axes.effect(node, node.args[0], dim, EffectKind.LAYOUT, "tokens are selected")
-    return tuple(
-        dims[i - at] if i >= at and length(dims[i - at]) == s else axes.fresh(s, node, i) for i, s in enumerate(shape)
-    )
+    operand, by, dim, batch_dim, start, count = node.args
+    dims, new = list(axes.of(operand)), axes.of(by)
+    axes.effect(node, operand, dim, EffectKind.LAYOUT, "tokens are selected")
+    if length(dims[batch_dim]) == 1 and length(new[0]) != 1:
+        dims[batch_dim] = new[0]
+    stop = start + count
+    total = length(dims[dim])
+    _mark_data(axes, node, dims[dim], _middle(axes, by, new[1]))
+    if (start, stop) == (0, total):
+        head, tail = _protected(axes, by)
+        for at, theirs, size in ((0, 0, head), (total - tail, length(new[1]) - tail, tail)):
+            if size:
+                axes.unify(axes.take(dims[dim], at, size) or (), axes.take(new[1], theirs, size) or ())
+        dims[dim] = resolve(new[1])
+    else:
+        dims[dim] = _replaced(axes, dims[dim], start, stop, new[1])
+    return tuple(dims)
+
+
+def _plan_of(index: fx.Node) -> fx.Node | None:
+    """The operation that an index of kept tokens is a result of."""
+    made = index.args[0] if index.target is operator.getitem else None
+    return made if made is not None and _named(made, "stop") is not None else None
+
+
+def _protected(axes: Axes, index: fx.Node) -> tuple[int, int]:
+    """How many tokens before and behind those that a plan is about its index holds."""
+    made = _plan_of(index)
+    if made is None:
+        return 0, 0
+    total = length(axes.of(made.args[0])[1])
+    return _named(made, "start"), total - _named(made, "stop")
+
+
+def _middle(axes: Axes, index: fx.Node, terms: Terms) -> Terms:
+    head, tail = _protected(axes, index)
+    return axes.take(terms, head, length(terms) - head - tail) or ()
+
+
+@axis_rule("tokenopt.merge_tokens")
+def merged(axes: Axes, node: fx.Node) -> Any:
+    operand, _, index = node.args[:3]
+    batch, tokens, channels = axes.of(operand)
+    _reduces(axes, node)
+    new = axes.of(index)[1]
+    _mark_data(axes, node, tokens, _middle(axes, index, new))
+    return _results(axes, node, (batch, new, channels), (batch, new))
+
+
+@axis_rule("tokenopt.mean_tokens")
+def weighted_mean(axes: Axes, node: fx.Node) -> Dims:
+    operand, size, dim, batch_dim, keep = node.args
+    dims = axes.of(operand)
+    axes.unify(dims[dim], axes.of(size)[1])
+    axes.unify(dims[batch_dim], axes.of(size)[0])
+    axes.effect(node, operand, dim, EffectKind.REDUCE, "it is reduced")
+    return tuple(() if i == dim else d for i, d in enumerate(dims) if keep or i != dim)
 
 
 @axis_rule("tokenopt.scatter_tokens")
@@ -635,31 +735,71 @@ def scattered(axes: Axes, node: fx.Node) -> Dims:
     return axes.of(base)
 
 
-@axis_rule(
-    "tokenopt.merge_tokens tokenopt.match_bipartite tokenopt.match_partition tokenopt.match_threshold "
-    "tokenopt.best_partners tokenopt.shared_threshold tokenopt.partition_energy tokenopt.select_topk "
-    "tokenopt.select_rows tokenopt.select_groups tokenopt.select_farthest tokenopt.select_dpp tokenopt.select_diverse "
-    "tokenopt.select_contextual tokenopt.select_cells tokenopt.cluster_kmeans tokenopt.cluster_density "
-    "tokenopt.attention_probe tokenopt.attention_received tokenopt.token_norm tokenopt.token_energy "
-    "tokenopt.token_transition tokenopt.centre_similarity tokenopt.text_similarity tokenopt.patch_variance "
-    "tokenopt.patch_entropy tokenopt.ncut_partition tokenopt.sink_rows tokenopt.massive_activation "
-    "tokenopt.boost_neighbours tokenopt.token_map tokenopt.nearest_tokens tokenopt.soft_association "
-    "tokenopt.neighbour_weights tokenopt.grid_interpolation tokenopt.segment_association tokenopt.shares"
-)
-def reduction(axes: Axes, node: fx.Node) -> Any:
-    operand = node.args[0]
-    dims = axes.of(operand)
-    for other in tensor_operands(node):
-        for dim in range(1, len(axes.of(other))):
-            axes.effect(node, other, dim, EffectKind.LAYOUT, "tokens are reduced here")
+@axis_rule("tokenopt.attention_probe tokenopt.attention_received")
+def attention_rows(axes: Axes, node: fx.Node) -> Dims:
+    query, key = node.args[:2]
+    _reduces(axes, node)
+    return axes.of(query)[0], axes.of(key)[-2]
 
-    def out(value: Tensor) -> Dims:
-        shape = axes.shape(value)
-        channels = dims[-1] if len(shape) == 3 and node.target is torch.ops.tokenopt.merge_tokens.default else None
-        return tuple(
-            dims[0] if i == 0 else channels if i == 2 and channels is not None else axes.fresh(s, node, i)
-            for i, s in enumerate(shape)
-        )
 
-    value = node.meta["val"]
-    return out(value) if isinstance(value, Tensor) else [out(v) for v in value]
+@axis_rule("tokenopt.token_norm tokenopt.token_energy tokenopt.token_transition tokenopt.centre_similarity "
+           "tokenopt.text_similarity tokenopt.ncut_partition tokenopt.sink_rows tokenopt.massive_activation "
+           "tokenopt.boost_neighbours")  # fmt: skip
+def score(axes: Axes, node: fx.Node) -> Dims:
+    _reduces(axes, node)
+    return axes.of(node.args[0])[:2]
+
+
+@axis_rule("tokenopt.match_bipartite tokenopt.match_partition tokenopt.match_threshold tokenopt.select_topk "
+           "tokenopt.select_rows tokenopt.select_groups tokenopt.select_farthest tokenopt.select_dpp "
+           "tokenopt.select_diverse tokenopt.select_contextual tokenopt.select_cells tokenopt.cluster_kmeans "
+           "tokenopt.cluster_density")  # fmt: skip
+def plan(axes: Axes, node: fx.Node) -> Any:
+    """index [B, M] holds the protected tokens and those that are kept, which begin an axis; src and dst are numbers."""
+    batch, tokens = axes.of(node.args[0])[:2]
+    _reduces(axes, node)
+    start, stop = _named(node, "start"), _named(node, "stop")
+    kept = axes.shape(node.meta["val"][0])[1] - start - (length(tokens) - stop)
+    middle = axes.fresh(kept, node, 1) if kept else ()
+    index = (batch, _replaced(axes, tokens, start, stop, middle))
+    if node.target is not torch.ops.tokenopt.match_threshold.default:
+        return _results(axes, node, index)
+    old = axes.take(tokens, start, stop - start) or axes.fresh(stop - start, node, 2)
+    return _results(axes, node, index, (batch, middle, old), (batch, old, middle), index)
+
+
+@axis_rule("tokenopt.soft_association")
+def association(axes: Axes, node: fx.Node) -> Any:
+    batch, tokens = axes.of(node.args[0])[:2]
+    _reduces(axes, node)
+    new, count = axes.shape(node.meta["val"][0])[1:]
+    old = axes.take(tokens, _named(node, "start"), count) or axes.fresh(count, node, 2)
+    middle = axes.fresh(new, node, 1)
+    return _results(axes, node, (batch, middle, old), (batch, old, middle))
+
+
+@axis_rule("tokenopt.neighbour_weights")
+def neighbours(axes: Axes, node: fx.Node) -> Dims:
+    batch, tokens = axes.of(node.args[0])[:2]
+    _reduces(axes, node)
+    start, stop = _named(node, "start"), _named(node, "stop")
+    return batch, axes.of(node.args[2])[1], axes.take(tokens, start, stop - start) or axes.fresh(stop - start, node, 2)
+
+
+@axis_rule("tokenopt.segment_association")
+def given_segments(axes: Axes, node: fx.Node) -> Any:
+    batch, old = axes.of(node.args[0])
+    _reduces(axes, node)
+    start, total = _named(node, "start"), _named(node, "total")
+    middle = axes.fresh(_named(node, "k"), node, 1)
+    sequence = axes.fresh(total, node, 1)
+    index = (batch, _replaced(axes, sequence, start, start + length(old), middle))
+    return _results(axes, node, index, (batch, middle, old), (batch, old, middle))
+
+
+@axis_rule("tokenopt.best_partners tokenopt.shared_threshold tokenopt.partition_energy tokenopt.patch_variance "
+           "tokenopt.patch_entropy tokenopt.token_map tokenopt.nearest_tokens tokenopt.grid_interpolation "
+           "tokenopt.shares tokenopt.take_tokens")  # fmt: skip
+def numbers(axes: Axes, node: fx.Node) -> Any:
+    _reduces(axes, node)
+    return _results(axes, node)

@@ -492,7 +492,11 @@ def padded(stream: Stream, score: fx.Node) -> fx.Node:
     behind = stream.total - stream.stop
     if not stream.start and not behind:
         return score
-    return stream.insert(aten.constant_pad_nd.default, score, [stream.start, behind])
+    around = [score]
+    for place, count in ((0, stream.start), (2, behind)):
+        if count:
+            around.insert(place, stream.insert(aten.new_zeros.default, score, [stream.batch, count]))
+    return stream.insert(aten.cat.default, around, 1)
 
 
 def build(score: Any, stream: Stream, keep: int) -> fx.Node:
