@@ -15,8 +15,7 @@ from torch import Tensor, nn
 from tokenopt import matrix, recipes, runtimes
 from tokenopt.errors import LoweringError, UsageError
 from tokenopt.matrix import attempt, build_all, recipe_matrix
-from tokenopt.program import capture
-from tokenopt.program import Program
+from tokenopt.program import Program, capture
 from tokenopt.runtimes.base import Engine
 from tokenopt.runtimes.onnx import write
 from tokenopt.runtimes.tensorrt import TensorRTRTX, read_description
