@@ -514,11 +514,38 @@ class StreamRewriter:
                 dims, at = ((),) * pad + dims, 0
                 shape = [1] * pad + list(shape_of(operand))
                 current = self.editor.insert(operand, aten.reshape.default, operand, shape)
+            places = self._places(operand, node, version)
             for dim, terms in enumerate(dims):
-                if contains(terms, self.segment):
-                    current = self._gather(current, dims, dim, self._positions(version), self.full, batch_dim=at)
+                if not contains(terms, self.segment):
+                    continue
+                if places is None:
+                    left = reduced_length(terms, self.segment, version.count)
+                    current = self.editor.insert(current, aten.slice.Tensor, current, dim, 0, left)
+                else:
+                    current = self._gather(current, dims, dim, places, self.full, batch_dim=at)
             self.aligned[key] = current
         return self.aligned[key]
+
+    def _places(self, operand: fx.Node, node: fx.Node, version: _Version) -> fx.Node | None:
+        """Which rows of an operand beside reduced tokens they get, [B, count]; None is the first ones.
+
+        What a mask or an input says is of the token itself, whatever its position is called.
+        """
+        if self.position == "keep":
+            return self._index(version)
+        own = [s for s in self.sites if s.axis is not None and offset_in(s.axis.terms, self.segment) is not None]
+        causal = any(s.causal for s in own)
+        masks = node.target is ops.attention.default and (causal or operand.meta["val"].dtype is torch.bool)
+        if masks:
+            return self._index(version)
+        if operand in self.axes.data:
+            raise IllegalReduction(
+                f"position '{self.position}' needs position terms that are constants",
+                where=f"{node.name} ({module_path(node) or node.target})",
+                why=f"{operand.name} depends on the inputs: it may be a mask, or features",
+                hint="position='keep', or capture the model without position ids as an input",
+            )
+        return None if self.position == "renumber" and causal else self._positions(version)
 
     @property
     def full(self) -> int:

@@ -20,7 +20,7 @@ PARTS: dict[str, type[Primitive]] = {
 
 POSITIONS = {
     "keep": "kept tokens keep their original positions",
-    "renumber": "kept tokens are numbered from 0 on",
+    "renumber": "kept tokens are numbered from 0 on; in causal attention those behind them move up",
     "concentric": "kept tokens have the number of their ring on the grid, the outermost is 0",
 }
 
@@ -94,6 +94,8 @@ class TokenRecipe:
                 f"restore '{self.restore.name}' does not go with place '{self.place.name}'",
                 "place block, range, attention or exit",
             )
+        if self.place.name == "attention" and (self.source or self.positions):
+            raise wrong("inside attention the stream keeps all its tokens", "no source and no positions")
         if self.place.name == "attention" and self.restore.name == "canvas":
             raise wrong("inside attention removed tokens have no features of their own to keep", "restore zero or copy")
         if self.place.outputs and self.restore.outputs:
