@@ -158,3 +158,9 @@ def test_every_recipe_has_a_row() -> None:
     assert rows["fastvggt"]["place"] == "attention"
     assert rows["fastvggt"]["parts"]["place"] == {"attention": {"of": "qkv"}}
     assert all(row["summary"] and row["paper"] and row["schedule"] for row in rows.values())
+
+
+def test_the_readme_lists_every_recipe() -> None:
+    text = (Path(__file__).parent.parent / "README.md").read_text(encoding="utf-8")
+    for row in recipe_rows():
+        assert f"| `{row['name']}` | {row['place']} | {row['summary']} |" in text

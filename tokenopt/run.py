@@ -387,7 +387,7 @@ def _given(data: Path | None, inputs: Sequence[InputSpec], rows: int | None) -> 
 def _completed(given: list[list[Tensor]], data: Path | None, result: Result) -> list[list[Tensor]]:
     """The user's inputs for the rewritten program: what it takes besides is in the data too, or as in its example."""
     added = result.program.inputs[len(result.dense.inputs) :]
-    if data is not None and added and all(spec.name in load_arrays(data) for spec in added):
+    if data is not None and added and {spec.name for spec in added} <= load_arrays(data).keys():
         return _given(data, result.program.inputs, CHECKED)
     return [result.program.complete(batch) for batch in given]
 
