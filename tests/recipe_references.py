@@ -299,13 +299,13 @@ def association(
     """Super tokens of one sample and how much each token belongs to each: [n, C] -> [m, C], [n, m].
 
     Huang et al., Vision Transformer with Super Token Sampling, arXiv:2211.11167. There are no cells outside the
-    grid, and the token's own cell is that of its place on the grid.
+    grid, and the token's own cell is the one that its centre lies in.
     """
     seeds = pooled(x, grid, cells)
     for _ in range(iterations):
         belongs = torch.zeros(len(x), len(seeds))
         for token, (a, b) in enumerate(product(range(grid[0]), range(grid[1]))):
-            own = (a * cells[0] // grid[0], b * cells[1] // grid[1])
+            own = ((2 * a + 1) * cells[0] // (2 * grid[0]), (2 * b + 1) * cells[1] // (2 * grid[1]))
             around = [
                 i * cells[1] + j
                 for i, j in product(range(cells[0]), range(cells[1]))

@@ -289,15 +289,24 @@ def _video_cases() -> Iterator[Case]:
 
 
 CASES = [*_output_cases(), *_inside_cases(), *_stream_cases(), *_video_cases()]
-IDENTITY = list({(case.recipe, case.kind, case.short): case for case in CASES}.values())
+IDENTITY = list({case.recipe: case for case in CASES}.values())
 assert len({str(case) for case in CASES}) == len(CASES)
 RUNS = [pytest.param(case, keep, id=f"{case}-{keep}") for case in CASES for keep in case.keeps]
+
+
+# A rewrite takes a second or two: each case once, and the first of each recipe with all its schedules.
+FIRST = {case.recipe: case for case in reversed(CASES)}
+REWRITES = [
+    pytest.param(case, keep, id=f"{case}-{keep}")
+    for case in CASES
+    for keep in (case.keeps if FIRST[case.recipe] is case else case.keeps[:1])
+]
 
 
 # -- the compiler equals the hand-patched models -----------------------------------------------------------------------
 
 
-@pytest.mark.parametrize(("case", "keep"), RUNS)
+@pytest.mark.parametrize(("case", "keep"), REWRITES)
 def test_recipe_equals_hand_patched(case: Case, keep: float) -> None:
     result = reduce(case.kind, case.recipe, case.schedule(keep), case.settings, case.short)
     assert any(e.pass_spec.startswith("reduce-tokens") for e in result.edits), [str(r) for r in result.refusals]
@@ -599,10 +608,10 @@ def test_text_conditions_cdpruner() -> None:
 
 def test_vggt_partition() -> None:
     sources, targets = refs.vggt_partition(5, 2, (4, 4), 2, 33, 0.1)
-    assert len(targets) == 18 + 4 * 4 and set(range(18)) <= set(targets)
+    assert len(targets) == 18 + 4 * (2 + 4) and set(range(18)) <= set(targets)
     assert not {i for i in sources if i % 18 < 2 or i % 10 == 0} and not set(sources) & set(targets)
     rest = set(range(90)) - set(sources) - set(targets)
-    assert all(i % 18 < 2 or i % 10 == 0 for i in rest)
+    assert all(i % 10 == 0 for i in rest)
     assert refs.vggt_partition(5, 2, (4, 4), 2, None, 0.0)[0] == [
         f * 18 + 2 + i for f in range(1, 5) for i in range(16) if i not in (0, 2, 8, 10)
     ]

@@ -21,7 +21,8 @@ DONE, ERROR, UNCHANGED, MISMATCH, INTERRUPTED = 0, 1, 3, 4, 130
 app = typer.Typer(
     name="tokenopt",
     help="Removes tokens from transformer models, proves the result, and exports it.",
-    epilog="Exit codes: 0 done, 1 error, 2 usage, 3 nothing matched or changed, 4 check failed, 130 interrupted.",
+    epilog="Exit codes: 0 done, 1 error, 2 usage, 3 nothing matched or changed, 4 check failed, 5 budget not met, "
+    "130 interrupted.",
     no_args_is_help=True,
     rich_markup_mode=None,  # plain text folds long words, where panels would cut them
     add_completion=False,
@@ -101,6 +102,9 @@ def optimize(
     schedule: Annotated[
         str | None, typer.Option(help="r=13, r=16:-1, r=16,14,12, keep=0.7@3,6,9, or a JSON or YAML file.")
     ] = None,
+    budget: Annotated[
+        str | None, typer.Option(help="Scale the schedule until flops=60% or tokens=60% of the dense model's are left.")
+    ] = None,
     passes: Annotated[
         str | None, typer.Option(help='Other passes: "raise-attention,reduce-tokens{recipe=tome}".')
     ] = None,
@@ -127,6 +131,7 @@ def optimize(
             build=run.Build(_names(to), opset, compute_capability),
             recipe=recipe,
             schedule=schedule,
+            budget=budget,
             settings=_assignments(settings),
             passes=passes,
             short_outputs=short_outputs,
@@ -237,18 +242,19 @@ def verify(
 
 @app.command()
 def explain(
-    subject: Annotated[str, typer.Argument(metavar="REPORT|NAME", help="A report.json, or a name.")],
+    subject: Annotated[str, typer.Argument(metavar="REPORT|NAME", help="A report.json, a name, or a recipe's YAML.")],
     site: Annotated[str | None, typer.Option(metavar="ID", help="A site of the report, or a part of its id.")] = None,
 ) -> None:
     """Explain a name, or a site of a report.
 
-    A name is that of a pass, recipe, runtime, operation or error. Of a site it says what was done, or why nothing was.
+    A name is that of a pass, recipe, part of a recipe, runtime, operation or error. Of a site it says what was done, or
+    why nothing was.
     """
     from tokenopt import terminal
     from tokenopt.explain import explain_name, explain_site
     from tokenopt.report import Report
 
-    if not Path(subject).is_file():
+    if not Path(subject).is_file() or subject.endswith((".yaml", ".yml")):
         if site is not None:
             raise UsageError("there is no such report", where=subject)
         print(explain_name(subject))
@@ -261,9 +267,26 @@ def explain(
 
 
 @app.command()
-def recipes(json: Json = False) -> None:
-    """List the registered recipes."""
-    _list("tokenopt.recipes", "recipe", json)
+def recipes(
+    matrix: Annotated[bool, typer.Option("--matrix", help="Build each for every runtime here.")] = False,
+    json: Json = False,
+) -> None:
+    """List the registered recipes.
+
+    With --matrix each is built for every runtime that is installed, on a small vision transformer, and compared: the
+    largest relative error, or why it was refused.
+    """
+    from tokenopt import terminal
+    from tokenopt.explain import recipe_rows
+
+    if not matrix:
+        _show(recipe_rows(), terminal.recipe_table, json)
+        return
+    from tokenopt.matrix import recipe_matrix
+
+    with terminal.Stages() as progress:
+        rows = recipe_matrix(progress=progress)
+    _show(rows, terminal.matrix_table, json)
 
 
 @app.command()

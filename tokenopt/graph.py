@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import itertools
 from collections.abc import Iterable
 from typing import Any
 
@@ -17,6 +18,8 @@ from tokenopt.errors import AxisConflict
 from tokenopt.program import Program
 
 aten = torch.ops.aten
+_EXAMPLE_BATCHES = 6, 10
+_LAYOUT_OF_DEVICE = ("tokenopt::attention",)  # its kernels return other strides where there is no data
 
 
 class GraphEditor:
@@ -100,12 +103,18 @@ class GraphEditor:
         root = exported.module_call_graph[0].signature
         root.inputs.append(TensorArgument(name=node.name))
         root.in_spec = pytree.tree_structure((args, kwargs))
+        if root.forward_arg_names is not None:
+            root.forward_arg_names.append(node.name)
         return node
 
     def infer(self, node: fx.Node) -> None:
         """Computes the stored value of one call from those of its operands."""
         operand = lambda n: n.meta["val"]  # noqa: E731
         args, kwargs = fx.map_arg(node.args, operand), fx.map_arg(node.kwargs, operand)
+        if getattr(node.target, "namespace", "") == "tokenopt":
+            node.meta["val"] = self._infer_by_example(node.target, args, kwargs)
+            if node.meta["val"] is not None:
+                return
         try:
             # the Python dispatcher: C++ kernels of some operations would fix the batch size
             with self.mode, self._no_new_symbols(), enable_python_dispatcher(), torch.no_grad():
@@ -117,6 +126,43 @@ class GraphEditor:
                 why=f"{node.target}: {str(error).splitlines()[0]}",
                 hint="please report this model: the analysis should have refused it",
             ) from error
+
+    def _infer_by_example(self, target: Any, args: Any, kwargs: Any) -> Any:
+        """The value of one of our operations, from runs without data at two batch sizes; None where they do not tell.
+
+        Our operations are long compositions: to follow the symbol of the batch through every step takes far longer.
+        """
+        leaves, spec = pytree.tree_flatten((args, kwargs))
+        tensors = [v for v in leaves if isinstance(v, Tensor)]
+        devices = {v.device for v in tensors}
+        known = all(isinstance(v, (Tensor, int, float, str, type(None))) for v in leaves)
+        if not known or len(devices) != 1 or target._schema.name in _LAYOUT_OF_DEVICE:
+            return None
+        sizes = [s for v in tensors for s in v.shape]
+        batch = next((s for s in sizes if isinstance(s, torch.SymInt) and s.node.expr.is_Symbol), None)
+
+        def run(rows: int) -> Any:
+            number = lambda s: int(s.node.expr.subs(batch.node.expr, rows)) if isinstance(s, torch.SymInt) else s  # noqa: E731
+            example = lambda v: _empty([number(s) for s in _layout(v)], v.dtype, "meta")  # noqa: E731
+            inputs = [example(v) if isinstance(v, Tensor) else v for v in leaves]
+            run_args, run_kwargs = pytree.tree_unflatten(inputs, spec)
+            with torch.no_grad():
+                return target(*run_args, **run_kwargs)
+
+        try:
+            few, many = map(run, _EXAMPLE_BATCHES)
+        except Exception:  # where symbols are followed, the error is reported
+            return None
+        results, result_spec = pytree.tree_flatten(few)
+        layouts = [
+            [_symbolic(x, y, batch) for x, y in zip(_layout(a), _layout(b), strict=True)]
+            for a, b in zip(results, pytree.tree_leaves(many), strict=True)
+        ]
+        if any(None in layout for layout in layouts):
+            return None
+        with self.mode:
+            values = [_empty(n, r.dtype, tensors[0].device) for n, r in zip(layouts, results, strict=True)]
+        return pytree.tree_unflatten(values, result_spec)
 
     def _no_new_symbols(self) -> contextlib.AbstractContextManager[Any]:
         """Sizes that only the data decides are not waited for by the next trace."""
@@ -148,6 +194,23 @@ class GraphEditor:
         """Removes what nothing reads and brings signature and code up to date; stored values are true already."""
         remove_dead(self.program)
         sync_outputs(self.program)
+
+
+def _layout(value: Tensor) -> tuple[Any, ...]:
+    return (*value.shape, *value.stride())
+
+
+def _empty(layout: list[Any], dtype: torch.dtype, device: Any) -> Tensor:
+    rank = len(layout) // 2
+    return torch.empty_strided(layout[:rank], layout[rank:], dtype=dtype, device=device)
+
+
+def _symbolic(few: int, many: int, batch: Any) -> Any:
+    """A size that was seen at both example batches: constant, or a multiple of the batch; None for anything else."""
+    first, second = _EXAMPLE_BATCHES
+    if few == many:
+        return few
+    return few // first * batch if few % first == 0 and few * second == many * first else None
 
 
 def fake_mode(program: Program) -> FakeTensorMode:
@@ -182,16 +245,22 @@ def sync_outputs(program: Program) -> None:
 
 
 def add_output(program: Program, node: fx.Node, name: str) -> None:
-    """Returns one more tensor: the program's result becomes (result, tensor)."""
+    """Returns one more tensor: the program's result becomes (result, tensor), or (result, ..., tensor).
+
+    A name that is taken gets a number.
+    """
     exported = program.exported
+    specs = exported.graph_signature.output_specs
+    more = any(s.kind is OutputKind.USER_OUTPUT and s.target for s in specs)  # the model's own have no name
+    taken = {spec.name for spec in (*program.inputs, *program.outputs)}
+    name = next(n for n in itertools.chain([name], (f"{name}_{i}" for i in itertools.count(1))) if n not in taken)
     out = next(n for n in reversed(program.graph.nodes) if n.op == "output")
     out.args = ((*out.args[0], node),)
-    exported.graph_signature.output_specs.append(
-        OutputSpec(OutputKind.USER_OUTPUT, TensorArgument(name=node.name), name)
-    )
+    specs.append(OutputSpec(OutputKind.USER_OUTPUT, TensorArgument(name=node.name), name))
     root = exported.module_call_graph[0].signature
     root.outputs.append(TensorArgument(name=node.name))
-    root.out_spec = pytree.TreeSpec(tuple, None, [root.out_spec, pytree.tree_structure(0)])
+    results = root.out_spec.children() if more else [root.out_spec]
+    root.out_spec = pytree.TreeSpec(tuple, None, [*results, pytree.tree_structure(0)])
 
 
 def remove_dead(program: Program) -> int:

@@ -12,7 +12,7 @@ from tokenopt.analysis.axes import AxisMap
 from tokenopt.analysis.cuts import offset_in
 from tokenopt.analysis.sites import AttentionSite
 from tokenopt.analysis.terms import is_channel, length
-from tokenopt.graph import GraphEditor
+from tokenopt.graph import GraphEditor, add_output
 from tokenopt.program import Edit
 from tokenopt.tokens.plan import Plan, Refused, Region, Stream
 from tokenopt.tokens.restore import Restore
@@ -161,10 +161,11 @@ def _fuse(editor: GraphEditor, plan: Plan, rows: fx.Node, stream: Stream) -> tup
 def _restore(editor: GraphEditor, plan: Plan, rows: fx.Node, stream: Stream) -> fx.Node:
     count = rows.meta["val"].shape[1] - (stream.total - stream.count)
     if plan.base is not None:
-        base = editor.insert(
-            rows, aten.new_zeros.default, rows, [stream.batch, stream.total, rows.meta["val"].shape[2]]
-        )
-        return editor.insert(base, ops.scatter_tokens.default, rows, plan.index, base, 1, 0)
+        base = plan.base(rows, stream.total)
+        full = editor.insert(max(rows, base), ops.scatter_tokens.default, rows, plan.index, base, 1, 0)
+        if plan.returned:
+            add_output(editor.program, full, plan.returned)
+        return full
     if plan.spread is not None:
         after = max(rows, plan.spread)
         return editor.insert(after, ops.mix_tokens.default, rows, plan.spread, 1, 0, stream.start, count)

@@ -14,7 +14,7 @@ import torch
 import torch.utils._pytree as pytree
 from torch import Tensor, nn
 from torch.export import ExportedProgram
-from torch.export.graph_signature import ConstantArgument, InputKind
+from torch.export.graph_signature import ConstantArgument, InputKind, OutputKind
 
 from tokenopt.architectures import ARCH_HINT, build_model, offline
 from tokenopt.errors import CaptureError, UsageError
@@ -164,6 +164,7 @@ def _load_exported(path: Path, *, trust: bool) -> Program:
             exported = exported.run_decompositions({})
         if exported.example_inputs is None:
             exported.example_inputs = _random_example(exported)
+        _name_outputs(exported, metadata)
         return Program(exported, provenance)
     except Exception as error:  # torch.export raises anything
         raise CaptureError("the exported program cannot be used", where=str(path), why=reason(error)) from error
@@ -185,6 +186,14 @@ def _random_example(exported: ExportedProgram) -> tuple[Any, ...]:
         fill = torch.randn(shape, generator=generator) if value.dtype.is_floating_point else torch.ones(shape)
         leaves.append(fill.to(value.dtype))
     return pytree.tree_unflatten(leaves, exported.call_spec.in_spec)
+
+
+def _name_outputs(exported: ExportedProgram, metadata: str | None) -> None:
+    """Gives the outputs that a pass added their names back."""
+    names = json.loads(metadata).get("outputs", []) if metadata is not None else []
+    for spec, name in zip(exported.graph_signature.output_specs, names, strict=False):
+        if spec.kind is OutputKind.USER_OUTPUT:
+            spec.target = name if isinstance(name, str) else None
 
 
 def _provenance(path: Path, metadata: str) -> list[Edit]:

@@ -15,6 +15,7 @@ from torch import Tensor
 from tokenopt.analysis.axes import propagate
 from tokenopt.analysis.cuts import find_cuts
 from tokenopt.analysis.sites import AttentionSite, find_sites
+from tokenopt.budget import within
 from tokenopt.cost import program_flops
 from tokenopt.errors import Refusal, UsageError
 from tokenopt.fitting import fit, needs_data
@@ -28,6 +29,7 @@ from tokenopt.passes.remove_dead import RemoveDead
 from tokenopt.pipeline import Pass, Pipeline, PipelineResult, parse_passes
 from tokenopt.program import Program, capture, flatten_tensors
 from tokenopt.report import Report
+from tokenopt.schedule import Budget
 from tokenopt.tokens.recipe import TokenRecipe
 from tokenopt.tokens.score import Learned
 
@@ -54,6 +56,7 @@ def optimize(
     *,
     recipe: str | Path | Mapping[str, Any] | TokenRecipe = "tome",
     schedule: Any = None,
+    budget: str | Budget | None = None,
     settings: Mapping[str, Any] | None = None,
     passes: str | Iterable[Pass] | None = None,
     short_outputs: bool = False,
@@ -75,6 +78,7 @@ def optimize(
         recipe: a name, a YAML file, a mapping or a recipe.
         schedule: how many tokens to remove where: ``{"r": 13}``, ``{"keep": 0.7, "layers": [3, 6]}``, a text or a file;
             the recipe's own by default.
+        budget: "flops=60%" or "tokens=60%" of the dense program's: the schedule is scaled until it is met.
         settings: fields of the recipe to change.
         passes: other passes than the usual ones, as objects or as text.
         short_outputs: outputs that carry tokens keep the reduced ones.
@@ -85,8 +89,8 @@ def optimize(
         progress: called with (stage, done, total).
 
     Raises:
-        TokenoptError: CaptureError if the model cannot be traced, ParityError if a check fails, UsageError for
-            arguments that make no sense.
+        TokenoptError: CaptureError if the model cannot be traced, ParityError if a check fails, BudgetError if the
+            budget cannot be met, UsageError for arguments that make no sense.
     """
     seconds: dict[str, float] = {}
     stages = ("capture", "rewrite", "check")
@@ -110,8 +114,10 @@ def optimize(
         done = stage("rewrite")
         written = weights or Path(scratch) / "scorer.safetensors"
         steps = [_fitted(s, program, data, written) for s in _steps(passes, recipe, schedule, settings, short_outputs)]
-        reducing = [s for s in steps if isinstance(s, ReduceTokens)]
         canonical = Pipeline([FoldConstants(), RaiseAttention(), FlattenGrids()]).run(program)
+        if budget is not None:
+            steps = _budgeted(steps, Budget.parse(budget), canonical.program)
+        reducing = [s for s in steps if isinstance(s, ReduceTokens)]
         result = Pipeline(steps).run(program)
         done()
 
@@ -152,6 +158,13 @@ def _fitted(step: Pass, program: Program, data: Sequence[Sequence[Tensor]] | Non
     return replace(step, recipe=fit(recipe, schedule, program, data, Path(weights)), settings={})
 
 
+def _budgeted(steps: list[Pass], budget: Budget, program: Program) -> list[Pass]:
+    reducing = [s for s in steps if isinstance(s, ReduceTokens)]
+    if len(reducing) != 1:
+        raise UsageError(f"the budget {budget} is for one reduction, and there are {len(reducing)}")
+    return [within(budget, s, program) if s is reducing[0] else s for s in steps]
+
+
 def _recipe(recipe: Any) -> str | TokenRecipe:
     from tokenopt import recipes
 
@@ -177,7 +190,7 @@ def _checks(
         neutral = Pipeline(identity).run(program).program
 
         def rewritten(*tensors: Tensor) -> list[Tensor]:
-            args, kwargs = neutral.bind(tensors)
+            args, kwargs = neutral.bind(neutral.complete(tensors))
             return neutral.flat(*args, **kwargs)[: len(program.output_nodes)]
 
         rows += parity.check("identity", rewritten)
@@ -202,6 +215,8 @@ def _report(
             "digest": program.digest,
             "inputs": [asdict(i) for i in program.inputs],
             "outputs": [asdict(o) for o in program.outputs],
+            "added_inputs": [asdict(i) for i in result.program.inputs[len(program.inputs) :]],
+            "added_outputs": [asdict(o) for o in result.program.outputs[len(program.outputs) :]],
         },
         recipe=_recipe_dict(reducing, steps, short),
         schedule=reducing[0].resolved()[1].to_dict() if reducing else {},

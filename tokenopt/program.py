@@ -17,6 +17,7 @@ import torch
 import torch.utils._pytree as pytree
 from torch import Tensor, fx
 from torch.export import Dim, ExportedProgram
+from torch.export.graph_signature import OutputKind
 
 from tokenopt.errors import AxisConflict, CaptureError
 from tokenopt.staging import LastingFile
@@ -82,7 +83,8 @@ class Program:
 
     @property
     def outputs(self) -> tuple[InputSpec, ...]:
-        return tuple(self._spec(f"output_{i}", n.meta["val"]) for i, n in enumerate(self.output_nodes))
+        specs = (self._spec(name or f"output_{i}", n.meta["val"]) for i, (n, name) in enumerate(self._named_outputs))
+        return tuple(specs)
 
     def _spec(self, name: str, value: Tensor) -> InputSpec:
         symbol = self.batch_symbol or "batch"
@@ -101,8 +103,18 @@ class Program:
     @property
     def output_nodes(self) -> list[fx.Node]:
         """The nodes whose tensors the program returns, in the order of the flattened result."""
+        return [node for node, _ in self._named_outputs]
+
+    @property
+    def _named_outputs(self) -> list[tuple[fx.Node, str | None]]:
+        """The nodes that are returned, with the names of those that a pass has added."""
         out = next(n for n in reversed(self.graph.nodes) if n.op == "output")
-        return [n for n in out.args[0] if isinstance(n, fx.Node) and isinstance(n.meta.get("val"), Tensor)]
+        specs = self.exported.graph_signature.output_specs
+        return [
+            (node, spec.target if spec.kind is OutputKind.USER_OUTPUT else None)
+            for node, spec in zip(out.args[0], specs, strict=True)
+            if isinstance(node, fx.Node) and isinstance(node.meta.get("val"), Tensor)
+        ]
 
     @property
     def example_inputs(self) -> tuple[tuple[Any, ...], dict[str, Any]]:
@@ -166,6 +178,15 @@ class Program:
         leaves, spec = pytree.tree_flatten(self.example_inputs)
         fresh = iter(tensors)
         return pytree.tree_unflatten([next(fresh) if isinstance(v, Tensor) else v for v in leaves], spec)
+
+    def complete(self, tensors: Sequence[Tensor]) -> list[Tensor]:
+        """Tensors for the first inputs, and rows of the example for the others: those that a pass has added."""
+        first = zip(tensors, self.inputs, strict=False)
+        rows = next((len(t) for t, spec in first if spec.shape and isinstance(spec.shape[0], str)), None)
+        others = flatten_tensors(self.example_inputs)[len(tensors) :]
+        if rows is None:  # the batch is static
+            return [*tensors, *others]
+        return [*tensors, *(t[torch.arange(rows) % len(t)] for t in others)]
 
     def random_inputs(self, batch: int, seed: int = 0) -> tuple[tuple[Any, ...], dict[str, Any]]:
         """Fresh random (args, kwargs) like the example, at the given batch size.
@@ -239,7 +260,10 @@ class Program:
     def save(self, path: str | os.PathLike[str]) -> Path:
         """Writes one ``.pt2`` file (an ExportedProgram plus our metadata); an existing file is replaced at the end."""
         path = Path(path)
-        metadata = {"version": METADATA_VERSION, "provenance": [asdict(e) for e in self.provenance]}
+        names = [spec.target for spec in self.exported.graph_signature.output_specs]  # which torch does not store
+        metadata = {
+            "version": METADATA_VERSION, "provenance": [asdict(e) for e in self.provenance], "outputs": names
+        }  # fmt: skip
         with atomic_path(path) as partial, LastingFile(partial) as file, _quiet():
             torch.export.save(self.exported, file, extra_files={METADATA_FILE: json.dumps(metadata)})
         return path

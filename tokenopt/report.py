@@ -42,6 +42,7 @@ class Report:
     version    1. A reader refuses a version it does not know.
     model      name: where it came from; digest: of graph and weights, before
                inputs, outputs: [{name, dtype, shape}], a string in a shape is a dynamic size
+               added_inputs, added_outputs: what the rewritten program takes and returns besides, behind those
     recipe     name; settings: {key: value}; passes: the pass list as text, which makes the same passes again
                short_outputs: whether outputs were left reduced
     schedule   the resolved schedule; it can be given back to ``optimize`` as ``schedule``
@@ -157,6 +158,9 @@ class Report:
             words.append(Schedule.parse(self.schedule))
         title = ", ".join(str(word) for word in words if word)
         parts = [Text(title, style="bold")] if title else []
+        for verb, key in (("takes", "added_inputs"), ("returns", "added_outputs")):
+            added = [f"{s['name']} {s['dtype']}[{', '.join(map(str, s['shape']))}]" for s in self.model.get(key, ())]
+            parts += [Text(f"also {verb} {', '.join(added)}")] if added else []
         return Group(*parts, *(table for table in self._tables(folder) if table.row_count))
 
     def _tables(self, folder: str | os.PathLike[str]) -> Iterator[Any]:

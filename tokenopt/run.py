@@ -19,7 +19,8 @@ from tokenopt.data import batches, load_arrays, match_inputs
 from tokenopt.errors import LoweringError, TokenoptError, UsageError
 from tokenopt.inspection import inspect
 from tokenopt.loading import load_program
-from tokenopt.optimization import optimize
+from tokenopt.optimization import Result, optimize
+from tokenopt.passes.reduce_tokens import ReduceTokens
 from tokenopt.pipeline import parse_passes
 from tokenopt.program import InputSpec, Program
 from tokenopt.report import Report
@@ -27,7 +28,7 @@ from tokenopt.runtimes.base import Engine
 from tokenopt.runtimes.bench import bench
 from tokenopt.runtimes.compare import verify
 from tokenopt.runtimes.eager import EagerEngine
-from tokenopt.schedule import Schedule
+from tokenopt.schedule import Budget
 from tokenopt.staging import staged
 
 Progress = Callable[[str, int, int], None]
@@ -136,6 +137,7 @@ def optimize_model(
     build: Build,
     recipe: str | None,
     schedule: str | None,
+    budget: str | None,
     settings: Mapping[str, Any],
     passes: str | None,
     short_outputs: bool,
@@ -149,6 +151,8 @@ def optimize_model(
     A run that changes nothing leaves its report alone, and not even that beside the files of an earlier run.
     """
     build.check_available()
+    if budget is not None:
+        Budget.parse(budget)
     if passes is None and recipe is not None and (passes := _resolved_passes(recipe)) is not None:
         recipe = None
     _check_method(recipe, schedule, settings, passes, short_outputs)
@@ -164,6 +168,7 @@ def optimize_model(
             program,
             recipe=recipe or RECIPE_NAME,
             schedule=schedule,
+            budget=budget,
             settings=settings,
             passes=passes,
             short_outputs=short_outputs,
@@ -186,6 +191,7 @@ def optimize_model(
                 staging.commit()
             return Outcome(report, changed=False)
 
+        given = _completed(given, data, result)
         report.files = {"program": PROGRAM, "recipe": RECIPE, "report": REPORT}
         report.files |= {"scorer": SCORER} if scorer.exists() else {}
         with clock("save"):
@@ -341,9 +347,7 @@ def _check_method(
 ) -> None:
     """Raises: UsageError for what `optimize` would refuse or ignore, before a large model is loaded for nothing."""
     if passes is None:
-        recipes.get(recipe or RECIPE_NAME).with_settings(settings)
-        if schedule is not None:
-            Schedule.parse(schedule)
+        ReduceTokens(recipes.get(recipe or RECIPE_NAME), schedule, settings).resolved()
         return
     parse_passes(passes)
     if recipe or schedule or settings or short_outputs:
@@ -378,6 +382,14 @@ def _given(data: Path | None, inputs: Sequence[InputSpec], rows: int | None) -> 
         return []
     found = batches(match_inputs(load_arrays(data), inputs), inputs, rows or CHECKED)
     return list(found) if rows is None else [next(found)]
+
+
+def _completed(given: list[list[Tensor]], data: Path | None, result: Result) -> list[list[Tensor]]:
+    """The user's inputs for the rewritten program: what it takes besides is in the data too, or as in its example."""
+    added = result.program.inputs[len(result.dense.inputs) :]
+    if data is not None and added and {spec.name for spec in added} <= load_arrays(data).keys():
+        return _given(data, result.program.inputs, CHECKED)
+    return [result.program.complete(batch) for batch in given]
 
 
 def _new_rows(engine: Engine, known: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:

@@ -6,6 +6,7 @@ import json
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
+from itertools import pairwise
 from math import ceil
 from pathlib import Path
 from typing import Any
@@ -14,6 +15,7 @@ import yaml
 
 from tokenopt.errors import UsageError
 
+_METRICS = ("flops", "tokens")
 _FORMS = "r=13, r=16:-1 (r, inflection), r=16,14,12 (a list), keep=0.7@3,6,9 or @0.25,0.5, or a JSON or YAML file"
 
 
@@ -89,6 +91,15 @@ class Schedule:
             return min(tokens, ceil(round(self.keep * tokens, 6)))
         return max(0, tokens - self._removed(layer, count))
 
+    def scaled(self, factor: float, layers: int) -> Schedule:
+        """The same shape, removing ``factor`` times as much in each of ``layers`` layers."""
+        if self.keep is not None:
+            return Schedule(keep=round(max(1.0 - factor * (1.0 - self.keep), 1e-3), 6), layers=self.layers)
+        removed = [0.0]
+        for layer in range(layers):
+            removed.append(removed[-1] + factor * self._removed(layer, layers))
+        return Schedule(r=[round(b) - round(a) for a, b in pairwise(removed)])
+
     def _removed(self, layer: int, count: int) -> int:
         if isinstance(self.r, list):
             return self.r[layer] if layer < len(self.r) else 0
@@ -112,6 +123,41 @@ class Schedule:
         if isinstance(self.r, tuple):
             return f"r={self.r[0]}:{self.r[1]:g}"
         return f"r={','.join(map(str, self.r))}" if isinstance(self.r, list) else f"r={self.r}"
+
+
+@dataclass(frozen=True)
+class Budget:
+    """What a reduced program may cost: a share of what the dense one does.
+
+    Attributes:
+        metric: "flops", or "tokens": those that enter attention, summed over layers, or those that leave an encoder.
+        share: in (0, 1].
+    """
+
+    metric: str
+    share: float
+
+    @staticmethod
+    def parse(text: Any) -> Budget:
+        """A budget from a text such as ``flops=60%`` or ``tokens=0.5``, or itself.
+
+        Raises:
+            UsageError: if it is none.
+        """
+        if isinstance(text, Budget):
+            return text
+        match = re.fullmatch(r"\s*(\w+)\s*=\s*(\d+\.?\d*|\.\d+)\s*(%?)\s*", str(text))
+        metric = str(text).partition("=")[0].strip()
+        if match is None or metric not in _METRICS:
+            why = None if metric in _METRICS else f"{metric} is not supported; flops and tokens need no measurement"
+            raise UsageError(f"not a budget: {text!r}", why=why, hint="flops=60% or tokens=60%, of the dense model's")
+        share = float(match[2]) / (100.0 if match[3] else 1.0)
+        if not 0.0 < share <= 1.0:
+            raise UsageError(f"not a budget: {text!r}", why="it is a share of the dense model's, above 0 and up to 1")
+        return Budget(match[1], share)
+
+    def __str__(self) -> str:
+        return f"{self.metric}={100 * self.share:g}%"
 
 
 def _is_layer(x: Any) -> bool:

@@ -14,7 +14,7 @@ from tokenopt.analysis.axes import AxisMap, Effect, EffectKind, tensor_operands
 from tokenopt.analysis.cuts import Decision, contains, decide, offset_in, reduced_length
 from tokenopt.analysis.sites import AttentionSite, Segment
 from tokenopt.analysis.terms import Cat, Dims, Terms, length
-from tokenopt.errors import IllegalReduction
+from tokenopt.errors import IllegalReduction, Refusal
 from tokenopt.graph import GraphEditor, add_output, module_path, shape_of
 from tokenopt.program import Edit
 from tokenopt.tokens.plan import Plan, Refused, Region, Stream
@@ -33,6 +33,7 @@ class _Version:
     ``plan`` is over the parent's sequence of ``total`` tokens, whose segment starts at ``start`` and had ``before``
     tokens and now has ``count``; ``terms`` are the sequence's; ``stream`` is the value that was reduced; ``size``
     [B, M] is how many originals each token of the whole sequence stands for; ``rows`` [B, N, C] are the tokens before.
+    Inside attention, only ``readers`` get fewer tokens of ``stream``.
     """
 
     parent: _Version | None
@@ -46,6 +47,7 @@ class _Version:
     rows: fx.Node
     size: fx.Node | None
     step: int
+    readers: set[fx.Node] | None = None
     cache: dict[Any, fx.Node] = field(default_factory=dict)
 
     @property
@@ -86,8 +88,8 @@ class StreamRewriter:
         self.seen: dict[fx.Node, _Version | None] = {}
         self.version: _Version | None = None
         self.until: set[fx.Node] = set()
-        self.inside: set[fx.Node] | None = None
         self.edits: list[Edit] = []
+        self.refusals: list[Refusal] = []
 
     def run(self) -> None:
         begins: dict[fx.Node, list[Region]] = {}
@@ -98,8 +100,7 @@ class StreamRewriter:
             if node.op in ("call_function", "output"):
                 if node in self.attentions or any(n in self.learned for n in node.all_input_nodes):
                     self.learned.add(node)
-                if self.inside is None or node in self.inside:
-                    self._visit(node)
+                self._visit(node)
                 if node in self.attentions:
                     self.seen[node] = self.value[node][1] if node in self.value else None
             if node in self.until:
@@ -121,7 +122,7 @@ class StreamRewriter:
 
     def _visit(self, node: fx.Node) -> None:
         """Mends one operation whose operands carry reduced tokens."""
-        operands = [n for n in tensor_operands(node) if n in self.value]
+        operands = [n for n in tensor_operands(node) if self._reads(node, n)]
         if not operands:
             return
         decision = decide(self.axes, node, self.segment, operands, self.short)
@@ -134,6 +135,9 @@ class StreamRewriter:
             decision.barrier = Effect(node, operands[0], 0, EffectKind.ALIGN, "it is seen with all positions")
         if decision.barrier is None:
             for operand in decision.align:
+                if version.readers is not None and operand in self.learned:
+                    decision.barrier = Effect(node, operand, 0, EffectKind.ALIGN, "the stream keeps all its tokens")
+                    break
                 gathered = self._align(operand, node, version)
                 if gathered is None:
                     decision.barrier = Effect(node, operand, 0, EffectKind.ALIGN, "its batch is not a dimension")
@@ -161,6 +165,13 @@ class StreamRewriter:
                 self._add_size_bias(node, version)
             if decision.means:
                 self._weigh_mean(node, operands[0], decision.means, version)
+
+    def _reads(self, node: fx.Node, operand: fx.Node) -> bool:
+        """Whether an operand has fewer tokens as this operation gets it."""
+        if operand not in self.value:
+            return False
+        version = self.value[operand][1]
+        return version.readers is None or operand is not version.stream or node in version.readers
 
     def _is_virtual(self, node: fx.Node, decision: Decision) -> bool:
         """Whether an operation is to see all tokens although fewer are there: positions, and attention behind them."""
@@ -322,7 +333,8 @@ class StreamRewriter:
             plan, insert = version.plan, self.editor.insert
             if plan.spread is not None:
                 best = insert(plan.spread, aten.argmax.default, plan.spread, -1)
-                return insert(last_of(best, plan.index), aten.expand.default, best, [self._batch(plan.index), -1])
+                rows = self._batch(plan.index)
+                return insert(last_of(best, rows, plan.index), aten.expand.default, best, [rows, -1])
             if not version.count:
                 raise IllegalReduction(
                     "no token is left to restore the others from",
@@ -432,14 +444,36 @@ class StreamRewriter:
     def _undo(self, operand: fx.Node, dims: Dims, node: fx.Node, step: _Version) -> fx.Node:
         """The tokens that one step removed."""
         plan = step.plan
-        if plan.base is not None and dims == self.axes.dims(step.stream):
-            rows, back = self._rows(node, dims)
-            after = last_of(rows, plan.index, plan.base)
-            return back(self.editor.insert(after, ops.scatter_tokens.default, rows, plan.index, plan.base, 1, 0))
+        if plan.base is not None and (self.restore.anywhere or dims == self.axes.dims(step.stream)):
+            return self._put(operand, dims, node, step)
         if plan.spread is not None:
             return self._over(dims, node, lambda n, dim: self._mixed(n, dims, dim, plan.spread, step.count))
         index = self._step_map(step)
         return self._over(dims, node, lambda n, dim: self._gather(n, dims, dim, index, step.count))
+
+    def _put(self, operand: fx.Node, dims: Dims, node: fx.Node, step: _Version) -> fx.Node:
+        """The kept tokens put where they were among others."""
+        plan, editor = step.plan, self.editor
+        at = [i for i, d in enumerate(dims) if contains(d, self.segment)]
+        batch, terms = self._batch_dim(dims), dims[at[0]]
+        if len(at) > 1 or batch in at or terms not in (step.terms, self.segment) or "returned" in step.cache:
+            raise IllegalReduction(
+                f"restore '{self.restore.name}' is for one sequence of tokens per place, and others need it, too",
+                where=f"{operand.name} ({module_path(operand)})",
+                hint="restore='copy'",
+            )
+        index, total = (plan.index, step.total) if terms == step.terms else (self._local(step), step.before)
+        order = [batch, at[0], *(i for i in range(len(dims)) if i not in (batch, at[0]))]
+        if order != sorted(order):
+            node = editor.insert(node, aten.permute.default, node, order)
+        base = plan.base(node, total)
+        full = editor.insert(last_of(node, index, base), ops.scatter_tokens.default, node, index, base, 1, 0)
+        if plan.returned:
+            step.cache["returned"] = full
+            add_output(editor.program, full, plan.returned)
+        if order != sorted(order):
+            full = editor.insert(full, aten.permute.default, full, [order.index(i) for i in range(len(order))])
+        return full
 
     def _mixed(self, node: fx.Node, dims: Dims, dim: int, matrix: fx.Node, have: int) -> fx.Node:
         """Mixtures of the tokens along one dimension, by a matrix per sample."""
@@ -480,11 +514,38 @@ class StreamRewriter:
                 dims, at = ((),) * pad + dims, 0
                 shape = [1] * pad + list(shape_of(operand))
                 current = self.editor.insert(operand, aten.reshape.default, operand, shape)
+            places = self._places(operand, node, version)
             for dim, terms in enumerate(dims):
-                if contains(terms, self.segment):
-                    current = self._gather(current, dims, dim, self._positions(version), self.full, batch_dim=at)
+                if not contains(terms, self.segment):
+                    continue
+                if places is None:
+                    left = reduced_length(terms, self.segment, version.count)
+                    current = self.editor.insert(current, aten.slice.Tensor, current, dim, 0, left)
+                else:
+                    current = self._gather(current, dims, dim, places, self.full, batch_dim=at)
             self.aligned[key] = current
         return self.aligned[key]
+
+    def _places(self, operand: fx.Node, node: fx.Node, version: _Version) -> fx.Node | None:
+        """Which rows of an operand beside reduced tokens they get, [B, count]; None is the first ones.
+
+        What a mask or an input says is of the token itself, whatever its position is called.
+        """
+        if self.position == "keep":
+            return self._index(version)
+        own = [s for s in self.sites if s.axis is not None and offset_in(s.axis.terms, self.segment) is not None]
+        causal = any(s.causal for s in own)
+        masks = node.target is ops.attention.default and (causal or operand.meta["val"].dtype is torch.bool)
+        if masks:
+            return self._index(version)
+        if operand in self.axes.data:
+            raise IllegalReduction(
+                f"position '{self.position}' needs position terms that are constants",
+                where=f"{node.name} ({module_path(node) or node.target})",
+                why=f"{operand.name} depends on the inputs: it may be a mask, or features",
+                hint="position='keep', or capture the model without position ids as an input",
+            )
+        return None if self.position == "renumber" and causal else self._positions(version)
 
     @property
     def full(self) -> int:
@@ -566,6 +627,10 @@ class StreamRewriter:
     def _begin(self, region: Region) -> None:
         """Inserts a reduction behind the value that a region begins with."""
         node, parent = self.value.get(region.after, (region.after, None))
+        if parent is not None and parent.readers is not None:
+            why = "another attention reduces the same tokens"
+            self.refusals.append(Refusal(region.site.id, why, "reduce one of them"))
+            return
         dims = self.axes.dims(region.after)
         terms = next(d for d in dims if contains(d, self.segment))
         start = offset_in(terms, self.segment)
@@ -582,14 +647,15 @@ class StreamRewriter:
         count = plan.index.meta["val"].shape[1] - (total - have)
         step = parent.step + 1 if parent is not None else 1
         self.version = _Version(parent, plan, terms, start, total, have, count, region.after, rows, None, step)
+        if region.update is not None:
+            self.version.readers = _between(region.after, region.site.node)
+            self.learned.add(region.after)  # nor is what is computed from it a position term
         reduced, self.version.size = self._fused(plan, rows, self.version)
         self.value[region.after] = (back(reduced), self.version)
         self.restored.pop(region.after, None)
         self.edits.append(Edit(self.spec, region.site.id, total, total - have + count))
         if region.until is not None:
             self.until.add(region.until)
-        if region.update is not None:
-            self.inside = _between(region.after, region.update)
 
     def _end(self, node: fx.Node) -> None:
         """Restores the value that a region ends with, for everything behind it."""
@@ -600,13 +666,7 @@ class StreamRewriter:
             for user in self.originals:
                 if user > node and node in user.all_input_nodes:
                     user.replace_input_with(node, full)
-            if self.restore.name == "cached":
-                add_output(self.editor.program, full, "cache")
-            if self.inside is not None:
-                self.value.clear()
-                self.inside = None
-            else:
-                del self.value[node]
+            del self.value[node]
 
     def _track(self, node: fx.Node, site: AttentionSite, now: _Version | None) -> fx.Node:
         """What an attention said of its keys, for the tokens that are left now."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import sys
 from typing import IO, Any
 
@@ -117,6 +118,29 @@ def bench_table(rows: list[dict[str, Any]]) -> RenderableType:
             f"{row['ratio']:.2f}x",
         )
     return table
+
+
+def recipe_table(rows: list[dict[str, Any]]) -> RenderableType:
+    """One line per recipe: where it reduces, what it does, and where it was published."""
+    table = new_table("recipe", "place", "", "source")
+    for row in rows:
+        found = re.search(r"arXiv:\S+?(?=[,)\s]|$)", row["paper"])
+        table.add_row(row["name"], row["place"], row["summary"], found[0] if found else row["paper"])
+    return table
+
+
+def matrix_table(rows: list[dict[str, Any]]) -> RenderableType:
+    """One line per recipe, one column per runtime: the error where it was built, or a word; and the reasons below."""
+    runtimes = list(rows[0]["runtimes"]) if rows else []
+    table = new_table("recipe", "model", *runtimes, right=tuple(range(2, 2 + len(runtimes))))
+    reasons = new_table("recipe", "", "why")
+    for row in rows:
+        cells = row["runtimes"].values()
+        shown = [c["status"] if c["error"] is None else f"{c['status']} {c['error']:.0e}" for c in cells]
+        table.add_row(row["recipe"], row["model"], *shown)
+        for why in dict.fromkeys((c["status"], c["why"]) for c in cells if c["why"]):
+            reasons.add_row(row["recipe"], *why)
+    return Group(*(t for t in (table, reasons) if t.row_count))
 
 
 def name_table(kind: str, rows: list[dict[str, str]]) -> RenderableType:

@@ -614,7 +614,7 @@ def topk(axes: Axes, node: fx.Node) -> list[Dims]:
 # -- our own operations: each reduction starts an axis of its own -----------------------------------------------------
 
 
-@axis_rule("tokenopt.gather_tokens tokenopt.mean_tokens tokenopt.mix_tokens")
+@axis_rule("tokenopt.take_tokens tokenopt.gather_tokens tokenopt.mean_tokens tokenopt.mix_tokens")
 def gathered(axes: Axes, node: fx.Node) -> Dims:
     dims = axes.of(node.args[0])
     shape = axes.shape(node.meta["val"])

@@ -221,6 +221,9 @@ def find_cuts(
     refusals: list[Refusal] = []
     for layer, site in enumerate(candidates):
         found = _cut_of(axes, site, flow)
+        twin = next((c for c in cuts if paying and not isinstance(found, Refusal) and c.after is found[2]), None)
+        if twin is not None:
+            found = Refusal(site.id, f"it adds to the stream beside {twin.site.id}", "that one is reduced")
         if isinstance(found, Refusal):
             refusals.append(found)
         else:
@@ -274,7 +277,7 @@ def _cut_of(axes: AxisMap, site: AttentionSite, flow: nx.DiGraph) -> tuple[fx.No
         below.add(node)
         if node.target is not aten.add.Tensor or len(operands) != 2:
             continue
-        if sum(n in above for n in operands) != 1:
+        if sum(_has_stream(axes, n, above, node) for n in operands) != 1:
             continue
         if not any(contains(d, segment.terms) for d in axes.dims(node)):
             if any(tears(d, segment.terms) for d in axes.dims(node)):
@@ -288,9 +291,18 @@ def _cut_of(axes: AxisMap, site: AttentionSite, flow: nx.DiGraph) -> tuple[fx.No
         problem = _stream_problem(axes, node, segment, site)
         if problem is not None:
             return problem
-        entry, update = sorted(operands, key=lambda n: n not in above)
+        entry, update = sorted(operands, key=lambda n: not _has_stream(axes, n, above, node))
         return entry, update, _last_of_sum(axes, node, above)
     return Refusal(site.id, "no residual sum follows it that carries its tokens", _INSIDE)
+
+
+def _has_stream(axes: AxisMap, node: fx.Node, above: set[fx.Node], total: fx.Node) -> bool:
+    """Whether one side of a sum is the stream before a site, what other branches beside it add included."""
+    while node not in above:
+        if node.target is not aten.add.Tensor or axes.dims(node) != axes.dims(total):
+            return False
+        node = min(tensor_operands(node))
+    return True
 
 
 def _attention_input(axes: AxisMap, site: AttentionSite, entry: fx.Node, flow: nx.DiGraph) -> fx.Node | None:

@@ -60,7 +60,10 @@ def _sdpa(
     )
 
 
-@op("(Tensor query, Tensor key, Tensor? bias, Tensor? key_bias, int row, int count, *, float? scale=None) -> Tensor")
+@op(
+    "(Tensor query, Tensor key, Tensor? bias, Tensor? key_bias, int row, int count, *, float? scale=None, "
+    "bool is_causal=False) -> Tensor"
+)
 def attention_probe(
     query: Tensor,
     key: Tensor,
@@ -70,19 +73,23 @@ def attention_probe(
     count: int,
     *,
     scale: float | None = None,
+    is_causal: bool = False,
 ) -> Tensor:
     """Attention probabilities of a few query rows, averaged over heads and rows; the full matrix is never made.
 
     Shapes:  query [B, H, N, D] · key [B, H, M, D] · bias broadcast to [B, H, N, M] · key_bias [B, M]
              ->  float32 [B, M], rows sum to 1
     Args:    row, count: the query rows [row, row + count).
+             is_causal: query i sees the keys up to i; a bias adds to that.
     """
-    rows = query[:, :, row : row + count]
     scale = query.shape[-1] ** -0.5 if scale is None else scale
-    logits = (rows @ key.transpose(-2, -1)).float() * scale
+    logits = (query[:, :, row : row + count].float() * scale) @ key.float().transpose(-2, -1)
     if bias is not None:
-        part = bias[..., row : row + count, :] if bias.shape[-2] != 1 else bias
+        part = bias[..., row : row + count, :] if bias.dim() > 1 and bias.shape[-2] != 1 else bias
         logits = logits.masked_fill(~part, float("-inf")) if part.dtype is torch.bool else logits + part.float()
     if key_bias is not None:
         logits = logits + key_bias[:, None, None, :].float()
+    if is_causal:
+        at = torch.arange(row, row + count, device=query.device)[:, None]
+        logits = logits.masked_fill(torch.arange(key.shape[2], device=query.device) > at, float("-inf"))
     return logits.softmax(-1).mean((1, 2))

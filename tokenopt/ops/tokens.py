@@ -15,7 +15,16 @@ from tokenopt.ops import op
 
 
 def _rows(x: Tensor, index: Tensor) -> Tensor:
-    """x [B, N, C], index [B, M] -> [B, M, C]; one flat row gather, which runtimes copy row by row."""
+    """Through the dispatcher, so that a runtime can have a form of its own."""
+    return torch.ops.tokenopt.take_tokens(x, index)
+
+
+@op("(Tensor x, Tensor index) -> Tensor")
+def take_tokens(x: Tensor, index: Tensor) -> Tensor:
+    """Reads tokens by a per-sample index.
+
+    Shapes:  x [B, N, C] · index [B, M]  ->  [B, M, C]
+    """
     count = x.shape[1]
     offset = torch.arange(x.shape[0], device=x.device)[:, None] * count
     return x.flatten(0, 1).index_select(0, (index + offset).flatten()).view(x.shape[0], index.shape[1], x.shape[2])

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, replace
+from math import prod
 from typing import Any, ClassVar
 
 import torch
@@ -14,7 +15,7 @@ from tokenopt.analysis.axes import AxisMap, propagate
 from tokenopt.analysis.cuts import StreamCut, contains, find_cuts
 from tokenopt.analysis.sites import AttentionSite, Segment, find_sites
 from tokenopt.analysis.terms import Terms, length
-from tokenopt.errors import IllegalReduction, Refusal
+from tokenopt.errors import IllegalReduction, Refusal, UsageError
 from tokenopt.graph import GraphEditor
 from tokenopt.inside import reduce_inside
 from tokenopt.pipeline import Pass, PassResult
@@ -57,6 +58,8 @@ class ReduceTokens(Pass):
     def resolved(self) -> tuple[TokenRecipe, Schedule]:
         """The recipe and the schedule that this pass stands for."""
         recipe = recipes.get(self.recipe).with_settings(self.settings)
+        if self.schedule is None and not recipe.schedule:
+            raise UsageError(f"recipe {recipe.name} has no schedule", hint="give one, such as --schedule keep=0.5")
         return recipe, Schedule.parse(recipe.schedule if self.schedule is None else self.schedule)
 
     def identity(self) -> ReduceTokens:
@@ -71,6 +74,8 @@ class ReduceTokens(Pass):
         recipe = planner.recipe
         axes = propagate(program)
         sites, _ = find_sites(axes)
+        if recipe.grid is not None:
+            sites = _with_grid(sites, recipe.grid)
         own = [s for s in sites if s.kind in ("self", "joint")]
         place = recipe.place
         cuts, refusals = find_cuts(axes, sites, paying=place.streams)
@@ -125,6 +130,7 @@ class ReduceTokens(Pass):
         if recipe.positions:
             rewriter.return_positions()
         result.edits += rewriter.edits
+        result.refusals += rewriter.refusals
 
     def _inside(
         self, editor: GraphEditor, axes: AxisMap, sites: list[AttentionSite], cuts: list[StreamCut], planner: Planner,
@@ -171,6 +177,25 @@ def _too_short(count: int, counts: Iterable[int], place: Place) -> tuple[str, st
     if not isinstance(place, Attention) or not place.downsample or count * place.downsample**2 >= longest:
         return None
     return f"its {count} tokens are fewer than the {longest} of the longest sequence", "place=attention reduces all"
+
+
+def _with_grid(sites: list[AttentionSite], grid: tuple[int, ...]) -> list[AttentionSite]:
+    """The sites, those over a segment of that many tokens with its grid."""
+    chosen, fits = [], False
+    for site in sites:
+        axis = site.axis
+        if axis is not None:
+            segments = tuple(
+                replace(s, grid=grid) if s.length == prod(grid) and not s.protected else s for s in axis.segments
+            )
+            fits |= segments != axis.segments or any(s.grid == grid for s in segments)
+            site = replace(site, axis=replace(axis, segments=segments))
+        chosen.append(site)
+    if not fits:
+        segments = [s.axis.reducible for s in sites if s.axis is not None]
+        lengths = ", ".join(map(str, sorted({s.length for s in segments if s is not None})))
+        raise UsageError(f"no tokens form a grid of {' x '.join(map(str, grid))}", why=f"there are {lengths}")
+    return chosen
 
 
 def _with_segment(cuts: list[StreamCut], name: str) -> list[StreamCut]:

@@ -227,7 +227,7 @@ TODRE = _output(
     "keeps output features by max-sum diversity, from the one that the class token attends to most",
     "Li et al., ToDRE, arXiv:2505.18757 (stage 1 of v2; select.spread=min is v1)",
     keep=0.1,
-    score="cls_row",
+    score="cls_row{otherwise=received}",
     select="farthest{spread=sum}",
 )
 

@@ -68,6 +68,8 @@ def bench(
 ) -> list[dict[str, Any]]:
     """Times any models (``.pt2``, ``.onnx``, ``.engine``, or engines) on the same inputs.
 
+    One may take more inputs than another, behind those that both take, as a model that a recipe has added one to.
+
     Args:
         batches: batch sizes; each is measured on its own, all models interleaved.
         threads: how many a run on the CPU may use; None leaves it to the runtimes. An engine keeps its own.
@@ -88,9 +90,9 @@ def bench(
         reason = engine.unavailable()
         if reason is not None:
             raise LoweringError("the engine cannot run on this machine", where=str(engine.path), why=reason)
-        require_same_inputs(engines[0], engine)
+        require_same_inputs(engines[0], engine, more=True)
     names = _names(engines)
-    source = next((e for e in engines if isinstance(e, EagerEngine)), engines[0])
+    source = max(engines, key=lambda e: (len(e.inputs), isinstance(e, EagerEngine)))
     rows = []
     for batch in batches:
         tensors = source.random_inputs(batch) if inputs is None else [_rows(t, batch) for t in inputs]
@@ -101,7 +103,7 @@ def bench(
 
 
 def _call(engine: Engine, tensors: Sequence[Tensor]) -> Callable[[], Any]:
-    placed = [t.to(engine.device) for t in tensors]
+    placed = [t.to(engine.device) for t in tensors[: len(engine.inputs)]]
     return lambda: engine(*placed)
 
 

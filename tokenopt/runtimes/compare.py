@@ -299,9 +299,10 @@ def _two_sizes(tensors: Sequence[Tensor], reference: Engine, engine: Engine) -> 
     return [[t[:n] if b else t for t, b in zip(tensors, batched, strict=True)] for n in sorted(sizes)]
 
 
-def require_same_inputs(a: Engine, b: Engine) -> None:
-    """Raises ParityError unless both models take tensors of the same dtypes and shapes."""
-    if not same_specs(a.inputs, b.inputs):
+def require_same_inputs(a: Engine, b: Engine, more: bool = False) -> None:
+    """Raises ParityError unless both models take tensors of the same dtypes and shapes; one may take ``more``."""
+    count = min(len(a.inputs), len(b.inputs)) if more else None
+    if not same_specs(a.inputs[:count], b.inputs[:count]):
         raise ParityError(
             "the two models take different inputs",
             where=f"{a.path} and {b.path}",

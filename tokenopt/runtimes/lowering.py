@@ -17,6 +17,7 @@ from torch.export.graph_signature import OutputKind
 from tokenopt import ops
 from tokenopt.graph import remove_dead
 from tokenopt.program import Program
+from tokenopt.runtimes import lowering_tokens
 
 aten = torch.ops.aten
 _ATTENTION_OPSET = 23  # the first with an attention node
@@ -29,7 +30,9 @@ def lower(program: Program, opset: int) -> Program:
     _squeeze_ones(lowered.graph)
     _keep_tensor_outputs(lowered)
     remove_dead(lowered)
-    return Program(lowered.exported.run_decompositions(_table(opset)))
+    lowered = Program(lowered.exported.run_decompositions(_table(opset)))
+    _join_columns(lowered)
+    return lowered
 
 
 def _freeze(program: Program) -> None:
@@ -52,6 +55,17 @@ def _squeeze_ones(graph: fx.Graph) -> None:
             node.target, node.args = aten.squeeze.dims, (node.args[0], ones)
             if not ones:
                 node.replace_all_uses_with(node.args[0])
+
+
+def _join_columns(program: Program) -> None:
+    """Drops a dimension that is squeezed and opened again, where one operation hands an index to the next."""
+    for node in program.graph.nodes:
+        source = node.args[0] if node.target is aten.unsqueeze.default else None
+        if isinstance(source, fx.Node) and source.target is aten.squeeze.dim:
+            rank = node.meta["val"].dim()
+            if node.args[1] % rank == source.args[1] % rank:
+                node.replace_all_uses_with(source.args[0])
+    remove_dead(program)
 
 
 def _keep_tensor_outputs(program: Program) -> None:
@@ -83,9 +97,14 @@ def _table(opset: int) -> dict[Any, Callable[..., Any]]:
     return {
         **ops.references(),
         torch.ops.tokenopt.attention.default: _proportional,
+        torch.ops.tokenopt.take_tokens.default: lowering_tokens.take_tokens,
+        torch.ops.tokenopt.match_bipartite.default: lowering_tokens.match_bipartite,
+        torch.ops.tokenopt.merge_tokens.default: lowering_tokens.merge_tokens,
         aten.scaled_dot_product_attention.default: attention,
         aten.masked_scatter.default: _masked_scatter,
         aten.scatter_reduce.two: _scatter_reduce,
+        aten.mean.dim: _mean,
+        aten.sort.default: _sort,
         aten.sort.stable: _sort_stable,
         aten.cdist.default: _distances,
         aten._cdist_forward.default: _distances,
@@ -198,10 +217,27 @@ def _scatter_reduce(
     return total / count if include_self else torch.where(count > 0, total / count.clamp_min(1), x)
 
 
+def _mean(x: Tensor, dims: list[int] | None, keepdim: bool = False, *, dtype: torch.dtype | None = None) -> Tensor:
+    """Over one dimension in the middle, a matrix product: ONNX Runtime reduces there several times more slowly."""
+    if x.dtype is not torch.float32 or dtype is not None or not dims or len(dims) > 1:
+        return NotImplemented
+    dim = dims[0] % x.dim()
+    if not 0 < dim < x.dim() - 1 or not isinstance(x.shape[dim], int):
+        return NotImplemented
+    shape = [*x.shape[:dim], *[1] * keepdim, *x.shape[dim + 1 :]]
+    return (x.new_full((1, x.shape[dim]), 1 / x.shape[dim]) @ x.flatten(dim + 1)).reshape(shape)
+
+
+def _sort(x: Tensor, dim: int = -1, descending: bool = False) -> tuple[Tensor, Tensor]:
+    """ONNX's TopK is stable; what torch writes for a sort also computes the size that is known."""
+    if not x.dim() or not isinstance(x.shape[dim], int):
+        return NotImplemented
+    return x.topk(x.shape[dim], dim, descending)
+
+
 def _sort_stable(
     x: Tensor, *, stable: bool | None = None, dim: int = -1, descending: bool = False
 ) -> tuple[Tensor, Tensor]:
-    """ONNX's TopK is stable."""
     return torch.sort(x, dim, descending)
 
 

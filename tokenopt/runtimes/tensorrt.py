@@ -153,6 +153,7 @@ class TensorRT:
         tf32: bool = False,
         tolerance: float | None = None,
         data: Sequence[Sequence[Tensor]] = (),
+        source: Engine | None = None,
     ) -> TensorRTEngine:
         """Exports to ONNX, proves that in ONNX Runtime, builds an engine from it and reads its interface back.
 
@@ -166,6 +167,7 @@ class TensorRT:
             tf32: lets single-precision products round their operands to 10 bits, which is faster.
             tolerance: see `prove`.
             data: batches of inputs to compare on besides random ones and the example.
+            source: the program as an ONNX file that was proved already, instead of a new one.
 
         Raises:
             LoweringError: if TensorRT is not there, cannot express the program, or fails; with its messages.
@@ -182,9 +184,9 @@ class TensorRT:
             raise UsageError("the batch profile is not in order", why=str(batch_profile), hint="for instance 1, 8, 64")
         capability = self._capability(compute_capability)
         with replacing(path) as staged, tempfile.TemporaryDirectory(prefix=".onnx-", dir=staged.parent) as scratch:
-            source = onnx_runtime.Onnx().build(
-                program, Path(scratch) / "model.onnx", opset=opset, tolerance=tolerance, data=data
-            )
+            if source is None:
+                onnx_path = Path(scratch) / "model.onnx"
+                source = onnx_runtime.Onnx().build(program, onnx_path, opset=opset, tolerance=tolerance, data=data)
             self._require_expressible(source.path)
             self._build(source.path, staged, capability, batch_profile, tf32)
             engine = self.load(staged)

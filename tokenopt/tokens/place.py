@@ -17,11 +17,14 @@ class Place(Primitive, kind="place"):
         streams: whether it reduces the stream, which needs a legal cut; inside attention it does not.
         outputs: whether it is the model's outputs that it shortens.
         empties: whether it removes the whole segment, whatever the schedule says.
+        sketch: the lines of a model that it is about, for people to read; "{reduce x}" and "{restore x}" are what a
+            recipe inserts.
     """
 
     streams = True
     outputs = False
     empties = False
+    sketch: tuple[str, ...] = ("...", "{reduce x}", "...", "{restore x}")
 
     def regions(self, cuts: list[StreamCut], sites: list[AttentionSite], hoist: bool) -> list[Region]:
         """The stretches that run on fewer tokens, in order.
@@ -38,6 +41,8 @@ class Place(Primitive, kind="place"):
 class Mid(Place, name="mid"):
     """between attention and MLP of each scheduled layer"""
 
+    sketch = ("x = x + attention(x)", "{reduce x}", "x = x + mlp(x)", "...", "{restore x}")
+
     def regions(self, cuts: list[StreamCut], sites: list[AttentionSite], hoist: bool) -> list[Region]:
         return [Region(c.site, c.layer, c.after, known=c.site, cut=c) for c in cuts]
 
@@ -45,6 +50,8 @@ class Mid(Place, name="mid"):
 @dataclass(frozen=True)
 class Block(Place, name="block"):
     """before each scheduled layer, between blocks"""
+
+    sketch = ("{reduce x}", "x = x + attention(x)", "x = x + mlp(x)", "...", "{restore x}")
 
     def regions(self, cuts: list[StreamCut], sites: list[AttentionSite], hoist: bool) -> list[Region]:
         return [Region(c.site, c.layer, c.entry, known=_before(c.layer, sites), cut=c) for c in cuts]
@@ -60,6 +67,8 @@ class Range(Place, name="range"):
 
     first: int | float = 0.5
     last: int | float = -1
+
+    sketch = ("{reduce x}", "for block in blocks[first to last]:", "    x = block(x)", "{restore x}")
 
     def regions(self, cuts: list[StreamCut], sites: list[AttentionSite], hoist: bool) -> list[Region]:
         layers = len(sites)
@@ -85,6 +94,13 @@ class Attention(Place, name="attention"):
 
     streams = False
 
+    @property
+    def sketch(self) -> tuple[str, ...]:
+        if self.of == "qkv":
+            inside = ("q, k, v = qkv(norm(x))", "{reduce q, k, v}", "h = attention(q, k, v)", "{restore h}")
+            return (*inside, "x = x + projection(h)")
+        return ("h = norm(x)", "{reduce h}", "h = attention(h)", "{restore h}", "x = x + h")
+
     def regions(self, cuts: list[StreamCut], sites: list[AttentionSite], hoist: bool) -> list[Region]:
         if self.of not in ("input", "qkv"):
             raise Refused(f"attention has no {self.of!r} to reduce", "of=input or of=qkv")
@@ -102,6 +118,7 @@ class Output(Place, name="output"):
     """once, where the encoder's features leave"""
 
     outputs = True
+    sketch = ("x = encoder(image)", "{reduce x}", "return x")
 
     def regions(self, cuts: list[StreamCut], sites: list[AttentionSite], hoist: bool) -> list[Region]:
         last = cuts[-1]
@@ -121,6 +138,7 @@ class Exit(Place, name="exit"):
     layer: int | float = 0.875
 
     empties = True
+    sketch = ("{reduce x}", "for block in blocks[layer to last]:", "    x = block(x)", "{restore x}")
 
     def regions(self, cuts: list[StreamCut], sites: list[AttentionSite], hoist: bool) -> list[Region]:
         number = layer_number(self.layer, len(sites))

@@ -47,7 +47,9 @@ class Plan:
         assign, spread: a soft plan for the reducible segment of n tokens: new = assign @ old, assign [B or 1, M, n];
             restored = spread @ new, with spread [B or 1, n, M].
         size: [B, M], how many originals each token of a soft plan stands for; one of size 0 is not there any more.
-        base: [B, N, C], what removed tokens are restored from instead of from a kept place.
+        base: what removed tokens are restored from instead of from a kept place: given the kept tokens of a value,
+            [B, M, ...], and N, the [B, N, ...] to put them into.
+        returned: the name of an output of the model for the restored value.
     """
 
     index: fx.Node
@@ -58,7 +60,8 @@ class Plan:
     assign: fx.Node | None = None
     spread: fx.Node | None = None
     size: fx.Node | None = None
-    base: fx.Node | None = None
+    base: Callable[[fx.Node, int], fx.Node] | None = None
+    returned: str = ""
 
 
 @dataclass(frozen=True)
@@ -166,7 +169,8 @@ class Stream:
         if self.count != self.segment.length:
             raise Refused(f"it needs all tokens of a grid, and {self.count} of {self.segment.length} are left", _GRID)
         if grid is None or prod(grid) != self.count:
-            raise Refused(f"it needs a grid, and these {self.count} tokens form none", _GRID)
+            why = f"it needs to know the grid of the {self.count} tokens, and the graph does not show it"
+            raise Refused(why, "say it: --set grid=[height,width]")
         return grid
 
     @property

@@ -60,6 +60,15 @@ class Primitive:
                 changed[f.name] = value.to_data() if isinstance(value, Primitive) else _plain(value)
         return changed
 
+    def all_settings(self, path: str = "") -> dict[str, Any]:
+        """All its fields by their paths, those of parts within it too: ``rest.layer``."""
+        found: dict[str, Any] = {}
+        for f in fields(self):
+            value, name = getattr(self, f.name), f"{path}.{f.name}" if path else f.name
+            found[name] = value
+            found |= value.all_settings(name) if isinstance(value, Primitive) else {}
+        return found
+
     def to_data(self) -> Any:
         """What `parse` reads back: the name, or a mapping of the name to settings."""
         settings = self.settings()

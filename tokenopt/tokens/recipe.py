@@ -20,7 +20,7 @@ PARTS: dict[str, type[Primitive]] = {
 
 POSITIONS = {
     "keep": "kept tokens keep their original positions",
-    "renumber": "kept tokens are numbered from 0 on",
+    "renumber": "kept tokens are numbered from 0 on; in causal attention those behind them move up",
     "concentric": "kept tokens have the number of their ring on the grid, the outermost is 0",
 }
 
@@ -36,9 +36,11 @@ class TokenRecipe:
             Mitigating Object Hallucination via Concentric Causal Attention, arXiv:2410.15926).
         proportional: add the log of each token's size to its attention logits (for merged tokens).
         segment: the segment to reduce; the patches by default.
+        grid: the grid that its tokens form in raster order, where the graph does not show it: (height, width), or with
+            frames first.
         source: also return which reduced token each original token went to, int64 [B, N].
         positions: also return the positions of the kept tokens, int64 [B, K].
-        schedule: the default schedule.
+        schedule: the default schedule, as a mapping or a text; without one, it has to be given.
 
     Raises:
         UsageError: for an unknown part or a combination that has no meaning.
@@ -55,9 +57,10 @@ class TokenRecipe:
     position: str = "keep"
     proportional: bool = False
     segment: str | None = None
+    grid: tuple[int, ...] | None = None
     source: bool = False
     positions: bool = False
-    schedule: Mapping[str, Any] = field(default_factory=dict, hash=False)
+    schedule: Mapping[str, Any] | str = field(default_factory=dict, hash=False)
 
     def __post_init__(self) -> None:
         for kind, part in PARTS.items():
@@ -91,6 +94,10 @@ class TokenRecipe:
                 f"restore '{self.restore.name}' does not go with place '{self.place.name}'",
                 "place block, range, attention or exit",
             )
+        if self.place.name == "attention" and (self.source or self.positions):
+            raise wrong("inside attention the stream keeps all its tokens", "no source and no positions")
+        if self.place.name == "attention" and self.restore.name == "canvas":
+            raise wrong("inside attention removed tokens have no features of their own to keep", "restore zero or copy")
         if self.place.outputs and self.restore.outputs:
             raise wrong(f"place '{self.place.name}' shortens outputs, and restore '{self.restore.name}' undoes it",
                         "restore none")  # fmt: skip
@@ -116,7 +123,8 @@ class TokenRecipe:
         for key, value in settings.items():
             whole, dot, inner = key.partition(".")
             if whole not in known or (dot and whole not in PARTS):
-                raise UsageError(f"recipe {self.name} has no setting {key!r}", hint=f"its settings: {', '.join(known)}")
+                has = [*(k for k in known if k in PARTS), *self.all_settings()]
+                raise UsageError(f"recipe {self.name} has no setting {key!r}", hint=f"its settings: {', '.join(has)}")
             if dot:
                 changed[whole] = _with(changed.get(whole, getattr(self, whole)), inner, value, self.name)
             elif whole in PARTS and value is not None:
@@ -124,6 +132,13 @@ class TokenRecipe:
             else:
                 changed[whole] = convert(types[whole], value, f"{key}={value!r} of recipe {self.name}")
         return replace(self, **changed)
+
+    def all_settings(self) -> dict[str, Any]:
+        """What `with_settings` can change, but for whole parts: ``select.metric``, ``score.of.layer``, ``position``."""
+        parts = {kind: getattr(self, kind) for kind in PARTS}
+        found = {k: v for kind, part in parts.items() if part is not None for k, v in part.all_settings(kind).items()}
+        own = (f.name for f in fields(self) if f.name not in (*PARTS, "name", "summary", "paper", "schedule"))
+        return {**found, **{name: getattr(self, name) for name in own}}
 
     def __str__(self) -> str:
         return self.name
@@ -133,11 +148,13 @@ class TokenRecipe:
         data = {f.name: getattr(self, f.name) for f in fields(self)}
         for kind in PARTS:
             data[kind] = data[kind].to_data() if data[kind] is not None else None
-        return {**data, "schedule": dict(self.schedule)}
+        return {**data, "schedule": dict(self.schedule) if isinstance(self.schedule, Mapping) else self.schedule}
 
     @staticmethod
     def from_dict(data: Mapping[str, Any]) -> TokenRecipe:
-        """Raises: UsageError for unknown or missing keys."""
+        """Raises: UsageError for unknown or missing keys, parts and settings that do not exist, or wrong types."""
+        if not isinstance(data, Mapping):
+            raise UsageError("a recipe is a mapping", why=f"{data!r} is none", hint="{name: mine, select: bipartite}")
         known = {f.name for f in fields(TokenRecipe)}
         unknown = sorted(set(data) - known)
         if unknown:
@@ -145,7 +162,13 @@ class TokenRecipe:
         missing = [n for n in ("name", "select") if n not in data]
         if missing:
             raise UsageError(f"the recipe lacks {', '.join(missing)}")
-        return TokenRecipe(**{"summary": "", "paper": "", **data})
+        types = get_type_hints(TokenRecipe)
+        values = {"summary": "", "paper": "", **data}
+        for key in set(values) - {*PARTS, "schedule"}:
+            values[key] = convert(types[key], values[key], f"{key}={values[key]!r} of the recipe")
+        if not isinstance(values.get("schedule", {}), (Mapping, str)):
+            raise UsageError("the schedule of the recipe is none", why=f"{data['schedule']!r}", hint="e.g. {r: 13}")
+        return TokenRecipe(**values)
 
 
 def _with(part: Primitive | None, path: str, value: Any, recipe: str) -> Primitive:

@@ -22,10 +22,12 @@ class Restore(Primitive, kind="restore"):
     Attributes:
         outputs: whether outputs of the model are restored, too.
         ends: whether it must happen on the stream itself, behind the last block, and not where a need arises.
+        anywhere: whether it goes with every value of the stream's tokens, not with the stream alone.
     """
 
     outputs = True
     ends = False
+    anywhere = False
 
     def build(self, stream: Stream, plan: Plan) -> Plan:
         """The plan with what is restored from."""
@@ -59,9 +61,14 @@ class Zero(Restore, name="zero"):
     """each gets zeros: inside attention, it is not updated"""
 
     ends = True
+    anywhere = True
 
     def build(self, stream: Stream, plan: Plan) -> Plan:
-        return replace(plan, base=stream.insert(aten.zeros_like.default, stream.rows))
+        def zeros(kept: fx.Node, total: int) -> fx.Node:
+            shape = [stream.batch, total, *kept.meta["val"].shape[2:]]
+            return stream.insert(aten.new_zeros.default, kept, shape)
+
+        return replace(plan, base=zeros)
 
 
 @dataclass(frozen=True)
@@ -74,7 +81,7 @@ class Canvas(Restore, name="canvas"):
     ends = True
 
     def build(self, stream: Stream, plan: Plan) -> Plan:
-        return replace(plan, base=stream.rows)
+        return replace(plan, base=lambda kept, total: stream.rows)
 
 
 @dataclass(frozen=True)
@@ -98,15 +105,19 @@ class Interpolate(Restore, name="interpolate"):
 class Cached(Restore, name="cached"):
     """each gets what it had in the previous run: one more input and one more output of the model per place
 
-    For steps that resemble each other, as in diffusion: feed the last outputs back; start with those of a dense step,
-    or zeros.
+    For steps that resemble each other, as in diffusion: feed the last outputs back; start with zeros, or with those of
+    a step that removes nothing. The input of layer 3 is called cache_3; the outputs follow the model's own, by layer.
     """
 
     ends = True
+    anywhere = True
     input: str = "cache"
 
     def build(self, stream: Stream, plan: Plan) -> Plan:
-        value = stream.rows.meta["val"]
-        return replace(
-            plan, base=stream.editor.input(f"{self.input}_{stream.layer}", tuple(value.shape[1:]), value.dtype)
-        )
+        name = f"{self.input}_{stream.layer}"
+
+        def cache(kept: fx.Node, total: int) -> fx.Node:
+            value = kept.meta["val"]
+            return stream.editor.input(name, (total, *value.shape[2:]), value.dtype)
+
+        return replace(plan, base=cache, returned=f"next_{name}")

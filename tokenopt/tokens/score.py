@@ -39,13 +39,20 @@ class Score(Primitive, kind="score"):
 
 @dataclass(frozen=True)
 class ClassRow(Score, name="cls_row"):
-    """how much the class token attends to a token, averaged over heads"""
+    """how much the class token attends to a token, averaged over heads
+
+    Args:
+        otherwise: "received" takes the attention received from all tokens where there is no class token.
+    """
 
     layer: int | float | None = None
+    otherwise: str = "refuse"
 
     def build(self, stream: Stream) -> fx.Node:
         site = stream.site(self.layer)
         cls = stream.special("cls", site) if site.axis is not None else None
+        if cls is None and self.otherwise == "received":
+            return stream.received(site)
         if cls is None:
             why = "it scores by the class token's attention, and there is no class token"
             raise Refused(why, "score with received, or use a recipe without a class token, such as tome")
@@ -72,10 +79,13 @@ class SegmentRows(Score, name="text_rows"):
 
     def build(self, stream: Stream) -> fx.Node:
         site = stream.site(self.layer)
-        rows = stream.special(self.segment, site)
-        if rows is None:
+        named = [s for s in site.axis.segments if s.name == self.segment]
+        if not named:
             names = ", ".join(s.name for s in site.axis.segments)
             raise Refused(f"{site.id} has no segment {self.segment!r}, but {names}", "name one of them")
+        rows = named[-1]  # a question comes behind the image, a system prompt before
+        if site.causal and rows.start < stream.segment.start:
+            raise Refused(f"segment {self.segment!r} comes before the tokens and does not see them", "score=last_row")
         start = rows.start
         if rows.start > stream.segment.start:  # behind the reduced tokens
             start += site.node.args[0].meta["val"].shape[-2] - site.axis.length
@@ -344,12 +354,12 @@ class Anchored(Score, name="anchored"):
     """the best tokens by one score with their neighbours on the grid first, then the others by another score
 
     Args:
-        share: K kept tokens have share K / (1 + 4 reach) anchors.
+        share: K kept tokens have share K / 5 anchors.
         reach: how many steps away, up, down, left and right, a neighbour is.
     Source: Liu et al., HiPrune, arXiv:2508.00553: anchors, buffers and registers.
     """
 
-    anchor: Score = field(default_factory=lambda: Received(layer=0.34))
+    anchor: Score = field(default_factory=lambda: Received(layer=0.35))
     rest: Score = field(default_factory=lambda: Received())
     share: float = 0.1
     reach: int = 1
@@ -359,7 +369,7 @@ class Anchored(Score, name="anchored"):
 
     def build_for(self, stream: Stream, keep: int) -> fx.Node:
         """The score, where ``keep`` tokens are to be kept."""
-        anchors = round(self.share * keep / (1 + 4 * self.reach))
+        anchors = round(self.share * keep / 5)
         anchor, rest = self.anchor.build(stream), self.rest.build(stream)
         return stream.insert(ops.boost_neighbours.default, anchor, rest, anchors, self.reach, list(stream.image),
                              stream.start, stream.stop)  # fmt: skip

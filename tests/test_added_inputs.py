@@ -1,0 +1,102 @@
+"""Inputs and outputs that a recipe adds: checked, reported, exported, and timed beside the dense model."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor, nn
+
+from tokenopt import cli, load, optimize, runtimes
+from tokenopt.program import capture
+from tokenopt.report import Report
+from tokenopt.runtimes.bench import bench
+from tokenopt.small_models import small_model
+
+CACHED = {
+    "name": "cached", "select": "bipartite_grid", "fuse": "mean", "restore": "cached", "place": "attention",
+    "schedule": {"keep": 0.5, "layers": [1, 3]},
+}  # fmt: skip
+
+
+def test_a_text_conditions_what_stays() -> None:
+    model, x = small_model()
+    settings = {"score": "text", "source": True, "positions": True}
+    result = optimize(model, x, recipe="cdpruner", settings=settings)
+    assert [row["check"] for row in result.report.parity].count("identity") == 4
+    assert all(row["passed"] for row in result.report.parity)
+    program = result.program
+    assert [i.name for i in program.inputs] == ["image", "text_embedding"]
+    assert [o.name for o in program.outputs] == ["output_0", "source", "positions"]
+    assert [i["name"] for i in result.report.model["added_inputs"]] == ["text_embedding"]
+    assert result.report.model["added_outputs"][0] == {"name": "source", "dtype": "int64", "shape": ("batch", 64)}
+    features = model(x)
+    one, _, positions = program.flat(x, text_embedding=features[:, 5])
+    other, _, others = program.flat(x, text_embedding=features[:, 60])
+    assert not torch.equal(positions, others) and one.shape == other.shape
+    torch.testing.assert_close(one[:, 1:], features[torch.arange(2)[:, None], positions + 1], rtol=1e-5, atol=1e-5)
+
+
+def test_names_survive_a_file(tmp_path: Path) -> None:
+    model, x = small_model()
+    result = optimize(model, x, recipe="trajectory", settings={"source": True}, schedule={"keep": 0.1, "layers": [0]})
+    path = result.program.save(tmp_path / "model.pt2")
+    assert load(path).outputs == result.program.outputs and load(path).inputs == result.program.inputs
+    assert load(path).clone().outputs[1].name == "source"
+    engine = runtimes.export(result.program, tmp_path / "model.onnx")
+    assert [i.name for i in engine.inputs] == ["image", "ids"]
+    assert [o.name for o in engine.outputs] == ["output_0", "source"]
+
+
+def test_what_was_kept_from_the_previous_step(tmp_path: Path) -> None:
+    """Fed back, the outputs of one step are the inputs of the next: removed tokens get their old update."""
+    model, x = small_model()
+    result = optimize(model, x, recipe=CACHED)
+    assert [i.name for i in result.program.inputs] == ["image", "cache_1", "cache_3"]
+    assert [o.name for o in result.program.outputs] == ["output_0", "next_cache_1", "next_cache_3"]
+    zeros = {f"cache_{i}": torch.zeros(2, 65, 32) for i in (1, 3)}
+    _, *kept = result.program.flat(x, **zeros)
+    _, *again = result.program.flat(x, cache_1=kept[0], cache_3=kept[1])
+    torch.testing.assert_close(again[0], kept[0])
+    engine = runtimes.export(result.program, tmp_path / "model.onnx")
+    assert [i.name for i in engine.inputs] == ["image", "cache_1", "cache_3"]
+
+
+def test_a_dense_model_beside_one_with_more_inputs() -> None:
+    model, x = small_model()
+    result = optimize(model, x, recipe="trajectory")
+    engines = [runtimes.eager.EagerEngine.of(p) for p in (result.dense, result.program)]
+    assert len(bench(engines, rounds=1, warmup=1)) == 2
+    assert len(bench(engines[::-1], rounds=1, warmup=1)) == 2
+
+
+def test_a_name_that_the_model_has_already() -> None:
+    class Named(nn.Module):
+        def __init__(self, model: nn.Module) -> None:
+            super().__init__()
+            self.model = model
+
+        def forward(self, source: Tensor) -> Tensor:
+            return self.model(source)
+
+    model, x = small_model()
+    result = optimize(capture(Named(model), x), recipe="fopru", settings={"source": True})
+    assert [o.name for o in result.program.outputs] == ["output_0", "source_1"]
+
+
+@pytest.mark.parametrize("given", [{}, {"ids": np.arange(5 * 64).reshape(5, 64) % 16}], ids=["example", "data"])
+def test_the_command_line(tmp_path: Path, given: dict[str, Any]) -> None:
+    model, x = small_model()
+    capture(model, x).save(tmp_path / "dense.pt2")
+    np.savez(tmp_path / "data.npz", image=np.random.default_rng(0).normal(size=(5, 3, 32, 32)), **given)
+    arguments = ["optimize", tmp_path / "dense.pt2", "--recipe", "trajectory", "--data", tmp_path / "data.npz"]
+    with pytest.raises(SystemExit) as end:
+        cli.main([*map(str, arguments), "-o", str(tmp_path / "out"), "--threads", "1"])
+    assert end.value.code == 0
+    report = Report.load(tmp_path / "out" / "report.json")
+    assert report.passed and {row["inputs"] for row in report.parity} >= {"random", "data"}
+    assert [i["name"] for i in report.model["added_inputs"]] == ["ids"]
+    assert [row["runtime"] for row in report.latency] == ["eager", "onnxruntime"]

@@ -1,0 +1,112 @@
+"""Budgets are met by scaling a recipe's own schedule."""
+
+from __future__ import annotations
+
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import yaml
+from hypothesis import given
+from hypothesis import strategies as st
+
+import tokenopt
+from tests import recipe_references as refs
+from tests.references import images
+from tokenopt import cli
+from tokenopt.errors import BudgetError, UsageError
+from tokenopt.program import Program, capture
+from tokenopt.schedule import Budget, Schedule
+
+
+@cache
+def program(kind: str) -> Program:
+    return capture(refs.tiny(kind), images(2))
+
+
+@pytest.mark.parametrize("recipe", ["tome", "evit", "tomesd", "transition"])
+@pytest.mark.parametrize("budget", ["flops=80%", "tokens=0.7"])
+def test_a_budget_is_met_from_below(recipe: str, budget: str) -> None:
+    wanted = Budget.parse(budget)
+    if recipe == "tomesd" and wanted.metric == "flops":
+        wanted = Budget("flops", 0.9)
+    schedule = {"keep": 0.7, "layers": [0.25, 0.5]} if recipe == "evit" else None
+    report = tokenopt.optimize(program("head"), recipe=recipe, schedule=schedule, budget=wanted).report
+    if wanted.metric == "flops":
+        share = report.flops["after"] / report.flops["before"]
+    else:
+        share = sum(report.tokens["after"]) / sum(report.tokens["before"])
+    assert wanted.share - 0.06 < share <= wanted.share
+    again = tokenopt.optimize(program("head"), recipe=recipe, schedule=report.schedule).report
+    assert again.flops == report.flops
+
+
+def test_output_tokens_have_budgets_too() -> None:
+    result = tokenopt.optimize(program("features"), recipe="divprune", budget="tokens=25%")
+    assert result.program(images(3)).shape[1] in (16, 17)
+    with pytest.raises(BudgetError, match="divprune cannot meet") as error:
+        tokenopt.optimize(program("features"), recipe="divprune", budget="flops=25%")
+    assert "leaves" in error.value.why
+    assert error.value.exit_code == 5
+
+
+def test_what_cannot_be_reached_says_what_can() -> None:
+    with pytest.raises(BudgetError, match="leaves 8"):
+        tokenopt.optimize(program("head"), recipe="evit", schedule="keep=0.7@3", budget="flops=30%")
+
+
+WRONG = ["latency=4ms", "flops", "flops=0%", "tokens=130%", "flops=-1", "60%", "flops=1.2.3", "flops=."]
+
+
+@pytest.mark.parametrize("text", WRONG)
+def test_wrong_budgets_say_what_fits(text: str) -> None:
+    with pytest.raises(UsageError, match="not a budget"):
+        Budget.parse(text)
+
+
+def test_a_recipe_that_refuses_to_leave_next_to_nothing() -> None:
+    """The strongest schedule is none that it can do; the budget is met all the same."""
+    report = tokenopt.optimize(program("features"), recipe="visionzip", budget="tokens=50%").report
+    assert 0.45 < report.edits[-1]["after"] / 65 <= 0.5
+
+
+def test_a_recipe_that_refuses_everything_says_why() -> None:
+    recipe = {"name": "mine", "select": "topk", "score": "text_rows", "schedule": "keep=0.5"}
+    with pytest.raises(BudgetError, match="no segment 'text'"):
+        tokenopt.optimize(program("head"), recipe=recipe, budget="tokens=50%")
+
+
+def test_nothing_to_scale_is_an_error() -> None:
+    with pytest.raises(UsageError, match="removes nothing"):
+        tokenopt.optimize(program("head"), recipe="tome", schedule="r=0", budget="flops=50%")
+
+
+@given(st.floats(0, 4), st.integers(1, 30), st.one_of(st.integers(0, 20), st.lists(st.integers(0, 20), min_size=1)))
+def test_scaled_schedules_remove_in_proportion(factor: float, layers: int, r: Any) -> None:
+    schedule = Schedule.parse({"r": r})
+    whole = [64 * 64 - schedule.kept(i, layers, 64 * 64) for i in range(layers)]
+    scaled = schedule.scaled(factor, layers)
+    assert len(scaled.r) == layers
+    assert abs(sum(scaled.r) - factor * sum(whole)) <= 0.5 + 1e-6
+    assert all(abs(a - factor * b) <= 1 + 1e-6 for a, b in zip(scaled.r, whole, strict=True))
+
+
+@given(st.floats(0.05, 1.0), st.floats(0, 1))
+def test_scaled_shares_stay_shares(keep: float, factor: float) -> None:
+    scaled = Schedule.parse({"keep": keep, "layers": [2]}).scaled(factor, 4)
+    assert scaled.layers == (2,)
+    assert scaled.keep == pytest.approx(max(1 - factor * (1 - keep), 1e-3), abs=1e-5)
+
+
+def test_the_command_line_writes_the_schedule_that_meets_it(tmp_path: Path) -> None:
+    path = program("head").save(tmp_path / "model.pt2")
+    for budget, code in (("flops=80%", 0), ("flops=0.01%", 5), ("speed=2", 2)):
+        arguments = ["optimize", path, "--recipe", "tome", "--budget", budget, "-o", tmp_path / "out"]
+        with pytest.raises(SystemExit) as end:
+            cli.main([str(a) for a in arguments])
+        assert end.value.code == code
+    resolved = yaml.safe_load((tmp_path / "out" / "recipe.resolved.yaml").read_text())
+    assert len(resolved["schedule"]["r"]) == 4
+    assert isinstance(torch.tensor(resolved["schedule"]["r"]).sum().item(), int)

@@ -1,0 +1,105 @@
+"""Budgets without data: the shape of a recipe's schedule, scaled until the program costs what it may."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import replace
+
+import torch
+
+from tokenopt.analysis.axes import propagate
+from tokenopt.analysis.sites import find_sites
+from tokenopt.cost import program_flops
+from tokenopt.errors import BudgetError, UsageError
+from tokenopt.passes.reduce_tokens import Planner, ReduceTokens
+from tokenopt.program import Edit, Program
+from tokenopt.schedule import Budget, Schedule
+
+_REWRITES = 8
+_STRONGEST = (0.95, 0.9, 0.75, 0.5)  # of the factor that leaves next to nothing
+_CLOSE = 0.005  # a share this little below the budget is near enough
+
+
+def within(budget: Budget, step: ReduceTokens, program: Program) -> ReduceTokens:
+    """The reduction with its schedule scaled: the weakest that costs no more than the budget.
+
+    Args:
+        program: in canonical form, as raise-attention leaves it.
+
+    Raises:
+        BudgetError: if no scale of the schedule meets the budget; it says what the strongest one reaches.
+        UsageError: if the schedule removes nothing, so that there is nothing to scale.
+    """
+    recipe, schedule = step.resolved()
+    if schedule.is_identity:
+        raise UsageError(f"the schedule {schedule} removes nothing, so it cannot be scaled to {budget}")
+    layers = sum(s.kind in ("self", "joint") for s in find_sites(propagate(program))[0])
+    measured: dict[str, float] = {}
+    refused: dict[str, str] = {}
+
+    def share(factor: float) -> tuple[float, Schedule]:
+        scaled = schedule.scaled(factor, layers)
+        if str(scaled) not in measured:
+            reduced, planner = program.clone(), Planner(recipe, scaled)
+            edits = [e for e in step.apply(reduced, planner).edits if e.before is not None]
+            measured[str(scaled)] = _METRICS[budget.metric](program, reduced, edits, recipe.place.outputs)
+            if planner.refusals and not edits:
+                refused[str(scaled)] = planner.refusals[0].why
+        return measured[str(scaled)], scaled
+
+    limit = 0.999 / (1.0 - schedule.keep) if schedule.keep is not None else _strongest(schedule, layers, program)
+    low, high = 0.0, limit
+    least, best = share(high)
+    for part in _STRONGEST:  # a recipe may refuse to leave next to nothing
+        if str(best) not in refused:
+            break
+        high = part * limit
+        least, best = share(high)
+    if least > budget.share:
+        hint = (
+            "give --budget tokens=...; FLOPs behind the output are not this model's"
+            if recipe.place.outputs
+            else ("allow more, or use a schedule that removes in earlier layers")
+        )
+        why = f"its schedule, scaled as far as it goes, leaves {least:.1%}"
+        raise BudgetError(
+            f"recipe {recipe.name} cannot meet the budget {budget}",
+            why="; ".join([why, *([refused[str(best)]] if str(best) in refused else [])]),
+            hint=hint,
+        )
+    factor = min(1.0, high / 2)
+    for _ in range(_REWRITES):
+        found, scaled = share(factor)
+        if found <= budget.share:
+            high, best = factor, scaled
+            if budget.share - found <= _CLOSE:
+                break
+        else:
+            low = factor
+        factor = (low + high) / 2
+    return replace(step, schedule=best)
+
+
+def _strongest(schedule: Schedule, layers: int, program: Program) -> float:
+    """The factor that removes all tokens if it is spread as the schedule is."""
+    sites = find_sites(propagate(program))[0]
+    longest = max((s.axis.reducible.length for s in sites if s.axis and s.axis.reducible), default=1)
+    removed = sum(schedule.scaled(1.0, layers).r)
+    return longest / max(removed, 1)
+
+
+def _flops(dense: Program, reduced: Program, edits: list[Edit], outputs: bool) -> float:
+    return program_flops(reduced) / program_flops(dense)
+
+
+def _tokens(dense: Program, reduced: Program, edits: list[Edit], outputs: bool) -> float:
+    if outputs:
+        return min((e.after / e.before for e in edits), default=1.0)
+    before, after = (
+        [n.args[0].meta["val"].shape[-2] for n in p.graph.nodes if n.target is torch.ops.tokenopt.attention.default]
+        for p in (dense, reduced)
+    )
+    return sum(after) / max(sum(before), 1)
+
+
+_METRICS: dict[str, Callable[[Program, Program, list[Edit], bool], float]] = {"flops": _flops, "tokens": _tokens}

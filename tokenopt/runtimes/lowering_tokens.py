@@ -1,0 +1,78 @@
+"""Operations on tokens in few nodes of ONNX.
+
+A runtime spends microseconds on every node, however small its tensors are: per merge that is more than the arithmetic.
+So the forms here gather per sample with one node, compute only the rows that tokens are merged into, and keep indices
+and sizes as columns [B, M, 1], which is what gathers of whole rows take. What they compute equals the references in
+``ops/tokens.py``; nothing scatters with a reduction, which TensorRT lacks.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from tokenopt.ops import tokens
+
+
+def take_tokens(x: Tensor, index: Tensor) -> Tensor:
+    """One node that copies whole rows; a gather with an expanded index would copy numbers one by one."""
+    shape = (x.shape[0], index.shape[1], *x.shape[2:])
+    return _node("GatherND", (x, index.unsqueeze(-1)), shape, x.dtype, batch_dims=1)
+
+
+def match_bipartite(metric: Tensor, r: int, start: int, stop: int) -> tuple[Tensor, Tensor, Tensor]:
+    """Positions come from constant tables; the protected ones are padding around the unmerged, not concatenated."""
+    total, device = metric.shape[1], metric.device
+    positions = torch.arange(total, device=device)
+    first_a, first_b = start + start % 2, start + 1 - start % 2
+    a_positions, b_positions = positions[first_a:stop:2], positions[first_b:stop:2]
+    count_a = len(a_positions)
+    if not 0 < r < count_a:
+        return tokens.match_bipartite(metric, r, start, stop)
+    metric = metric.float()
+    unit = _node("LpNormalization", (metric,), metric.shape, metric.dtype, axis=-1, p=2)
+    a, b = unit.index_select(1, a_positions), unit.index_select(1, b_positions)
+    best, partner = (a @ b.transpose(1, 2)).topk(1)
+    order = best.topk(count_a, 1).indices
+    merged, rest = order.split([r, count_a - r], 1)
+    unmerged = rest.topk(count_a - r, 1, largest=False).values
+    behind = torch.cat([b_positions, positions[stop:]])
+    fixed = torch.cat([positions[:start], torch.full_like(a_positions[r:], first_a), behind])
+    index = 2 * F.pad(unmerged, (0, 0, start, len(behind))) + fixed.unsqueeze(-1)
+    src = _node("Gather", (a_positions, merged), merged.shape, merged.dtype)
+    dst = partner.gather(1, merged) + (start + count_a - r)
+    return index.squeeze(-1), src.squeeze(-1), dst.squeeze(-1)
+
+
+def merge_tokens(
+    x: Tensor, weight: Tensor | None, index: Tensor, src: Tensor, dst: Tensor, normalize: bool
+) -> tuple[Tensor, Tensor]:
+    """Most places keep the token they have: the means of the others are computed apart and written over it."""
+    if not normalize:
+        return tokens.merge_tokens(x, weight, index, src, dst, normalize)
+    wide = torch.float32 if x.dtype in (torch.float16, torch.bfloat16) else x.dtype
+    y = take_tokens(x, index)
+    moved, into = take_tokens(x, src).to(wide), take_tokens(y, dst).to(wide)
+    index, src, dst = index.unsqueeze(-1), src.unsqueeze(-1), dst.unsqueeze(-1)
+    same = (dst == dst.transpose(1, 2)).to(wide)  # [B, R, R]: which removed tokens go to one place
+    if weight is None:
+        size, part = torch.ones_like(index, dtype=wide), torch.ones_like(src, dtype=wide)
+    else:
+        weight = weight.unsqueeze(-1).to(wide)
+        size, part = weight.gather(1, index), weight.gather(1, src)
+    total = size.gather(1, dst) + same @ part
+    mean = into + same @ ((moved - into) * (part / total))
+    sample = torch.arange(x.shape[0], device=x.device)[:, None, None].expand(-1, src.shape[1], 1)
+    # where several go to one place, all of them write the same
+    y = _node("ScatterND", (y, torch.cat([sample, dst], -1), mean.to(x.dtype)), y.shape, y.dtype)
+    return y, size.scatter(1, dst, total).squeeze(-1)
+
+
+def _node(name: str, inputs: tuple[Tensor, ...], shape: Any, dtype: torch.dtype, **attributes: int) -> Tensor:
+    """A node that torch has no operation for."""
+    from torch.onnx import ops as onnx_ops
+
+    return onnx_ops.symbolic(name, inputs, attributes, dtype=dtype, shape=shape)
