@@ -57,10 +57,25 @@ def test_what_cannot_be_reached_says_what_can() -> None:
         tokenopt.optimize(program("head"), recipe="evit", schedule="keep=0.7@3", budget="flops=30%")
 
 
-@pytest.mark.parametrize("text", ["latency=4ms", "flops", "flops=0%", "tokens=130%", "flops=-1", "60%"])
+WRONG = ["latency=4ms", "flops", "flops=0%", "tokens=130%", "flops=-1", "60%", "flops=1.2.3", "flops=."]
+
+
+@pytest.mark.parametrize("text", WRONG)
 def test_wrong_budgets_say_what_fits(text: str) -> None:
     with pytest.raises(UsageError, match="not a budget"):
         Budget.parse(text)
+
+
+def test_a_recipe_that_refuses_to_leave_next_to_nothing() -> None:
+    """The strongest schedule is none that it can do; the budget is met all the same."""
+    report = tokenopt.optimize(program("features"), recipe="visionzip", budget="tokens=50%").report
+    assert 0.45 < report.edits[-1]["after"] / 65 <= 0.5
+
+
+def test_a_recipe_that_refuses_everything_says_why() -> None:
+    recipe = {"name": "mine", "select": "topk", "score": "text_rows", "schedule": "keep=0.5"}
+    with pytest.raises(BudgetError, match="no segment 'text'"):
+        tokenopt.optimize(program("head"), recipe=recipe, budget="tokens=50%")
 
 
 def test_nothing_to_scale_is_an_error() -> None:

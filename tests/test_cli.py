@@ -16,6 +16,7 @@ from timm.layers import Mlp
 from timm.models.vision_transformer import VisionTransformer
 
 from tokenopt import cli, run, terminal
+from tokenopt.program import capture
 from tokenopt.report import Report
 
 SHAPE = ("--input-shape", "1x1x16x16")
@@ -201,8 +202,71 @@ def test_explain_name(tokenopt: Cli, name: str, part: str) -> None:
 
 
 def test_lists(tokenopt: Cli) -> None:
-    assert "tome" in tokenopt("recipes").out
+    out = tokenopt("recipes").out
+    assert any("tome" in t and "mid" in t and "arXiv:2210.09461" in t for t in out.splitlines()), "one line each"
+    assert {"name", "summary", "place", "paper", "parts", "schedule"} == set(tokenopt("recipes", "--json").json()[0])
     assert {"name", "summary"} == set(tokenopt("passes", "--json").json()[0])
+
+
+def test_the_matrix_of_recipes_and_runtimes(tokenopt: Cli, monkeypatch: pytest.MonkeyPatch) -> None:
+    from tokenopt import matrix
+
+    ok, refused = {"status": "ok", "error": 2e-7, "why": ""}, {"status": "refused", "error": None, "why": "no [form]"}
+    rows = [{"recipe": "tome", "model": "image", "runtimes": {"eager": ok, "onnxruntime": refused}}]
+    monkeypatch.setattr(matrix, "recipe_matrix", lambda progress: rows)
+    assert tokenopt("recipes", "--matrix", "--json").json() == rows
+    out = tokenopt("recipes", "--matrix").out
+    assert "ok 2e-07" in out and "no [form]" in out
+
+
+MINE = {
+    "text": "name: mine\nscore: cls_row{layer=-1}\nselect: topk\nfuse: drop\nplace: output\nrestore: none\n",
+    "mapping": "name: mine\nselect: {bipartite_grid: {seed: 3}}\nfuse: {mean: {metric: hidden}}\nplace: attention\n",
+}
+
+
+@pytest.mark.parametrize(("form", "setting"), [("text", "score.layer=0"), ("mapping", "select.cell=4")])
+def test_a_recipe_of_ones_own(models: Path, tokenopt: Cli, tmp_path: Path, form: str, setting: str) -> None:
+    path, model, out = tmp_path / "mine.yaml", tmp_path / "features.pt2", tmp_path / "out"
+    path.write_text(MINE[form])
+    vit = tiny_vit()
+    vit.reset_classifier(0, "")
+    capture(vit, torch.randn(2, 1, 16, 16)).save(model)
+    arguments = ["optimize", model, "--recipe", path, "--set", setting, "-o", out]
+    assert "has no schedule" in tokenopt(*arguments, code=2).err
+    report = tokenopt(*arguments, "--schedule", "keep=0.5", "--json").json()
+    assert report["recipe"]["name"] == "mine" and report["edits"]
+    kind, value = setting.partition("=")[0].split("."), int(setting.partition("=")[2])
+    (settings,) = report["recipe"]["settings"][kind[0]].values()
+    assert settings[kind[1]] == value
+
+
+@pytest.mark.parametrize(
+    ("text", "part"),
+    [
+        ("select: topk", "lacks name"),
+        ("name: mine", "lacks select"),
+        ("name: mine\nselect: topkk", "one of topk"),
+        ("name: mine\nselect: topk", "needs a score"),
+        ("name: mine\nselect: pool", "one of mix"),
+        ("name: mine\nselect: 3", "no select 3"),
+        ("name: mine\nselect: bipartite{metrik=key}", "its settings: metric"),
+        ("name: mine\nselect: {bipartite_grid: {cell: big}}", "not of type int"),
+        ("name: mine\nselect: {bipartite_grid: 4}", "not a mapping"),
+        ("name: mine\nselect: bipartite\nproportional: please", "not of type bool"),
+        ("name: mine\nselect: bipartite\nposition: 4", "position=4"),
+        ("name: mine\nselect: bipartite\nposition: middle", "keep, renumber"),
+        ("name: mine\nselect: bipartite\nschedule: 4", "schedule of the recipe"),
+        ("name: mine\nselect: bipartite\nspeed: 4", "no key 'speed'"),
+        ("recipe: tome", "a recipe is a mapping"),
+        ("- tome", "no mapping"),
+        ("name: [mine", "cannot be read"),
+    ],
+)
+def test_wrong_recipe_files_are_exit_code_2(tokenopt: Cli, tmp_path: Path, text: str, part: str) -> None:
+    path = tmp_path / "mine.yaml"
+    path.write_text(text)
+    assert part in tokenopt("optimize", "vit.pt", "--recipe", path, "-o", tmp_path / "out", code=2).err
 
 
 @pytest.mark.tensorrt
@@ -226,12 +290,18 @@ def test_export_to_tensorrt_without_a_gpu(optimised: Path, tokenopt: Cli, tmp_pa
         (["optimize", "vit.pt", "-o", "out", "--batch", "1,x"], "batch sizes"),
         (["optimize", "vit.pt", "-o", "out", "--set", "proportional"], "key=value"),
         (["optimize", "vit.pt", "-o", "out", "--set", "speed=2"], "no setting 'speed'"),
+        (["optimize", "vit.pt", "-o", "out", "--set", "selct.cell=4"], "select.metric"),
+        (["optimize", "vit.pt", "-o", "out", "--set", "select.cell=4"], "its settings: metric"),
+        (["optimize", "vit.pt", "-o", "out", "--set", "select=topkk"], "one of topk"),
+        (["optimize", "vit.pt", "-o", "out", "--set", "score.layer=1"], "set score first"),
+        (["optimize", "vit.pt", "-o", "out", "--set", "select.metric=3"], "not of type str"),
         (["optimize", "vit.pt", "-o", "out", "--recipe", "tomato"], "'tomato'"),
         (["optimize", "vit.pt", "-o", "out", "--schedule", "fast"], "schedule"),
         (["optimize", "vit.pt", "-o", "out", "--passes", "vanish"], "'vanish'"),
         (["optimize", "vit.pt", "-o", "out", "--passes", "raise-attention", "--schedule", "r=4"], "option"),
         (["optimize", "vit.pt", "-o", "out", "--threads", "0"], "--threads"),
         (["explain", "tomee"], "tome"),
+        (["explain", "topk{k=3}"], "no setting 'k'"),
         (["explain", "absent.json", "--site", "blocks.0"], "no such report"),
     ],
 )

@@ -11,13 +11,12 @@ from tokenopt.analysis.axes import propagate
 from tokenopt.analysis.sites import find_sites
 from tokenopt.cost import program_flops
 from tokenopt.errors import BudgetError, UsageError
-from tokenopt.passes.reduce_tokens import ReduceTokens
-from tokenopt.passes.remove_dead import RemoveDead
-from tokenopt.pipeline import Pipeline
+from tokenopt.passes.reduce_tokens import Planner, ReduceTokens
 from tokenopt.program import Edit, Program
 from tokenopt.schedule import Budget, Schedule
 
 _REWRITES = 8
+_STRONGEST = (0.95, 0.9, 0.75, 0.5)  # of the factor that leaves next to nothing
 _CLOSE = 0.005  # a share this little below the budget is near enough
 
 
@@ -36,30 +35,39 @@ def within(budget: Budget, step: ReduceTokens, program: Program) -> ReduceTokens
         raise UsageError(f"the schedule {schedule} removes nothing, so it cannot be scaled to {budget}")
     layers = sum(s.kind in ("self", "joint") for s in find_sites(propagate(program))[0])
     measured: dict[str, float] = {}
+    refused: dict[str, str] = {}
 
     def share(factor: float) -> tuple[float, Schedule]:
         scaled = schedule.scaled(factor, layers)
         if str(scaled) not in measured:
-            result = Pipeline([replace(step, schedule=scaled), RemoveDead()]).run(program)
-            edits = [e for e in result.edits if e.before is not None]
-            measured[str(scaled)] = _METRICS[budget.metric](program, result.program, edits, recipe.place.outputs)
+            reduced, planner = program.clone(), Planner(recipe, scaled)
+            edits = [e for e in step.apply(reduced, planner).edits if e.before is not None]
+            measured[str(scaled)] = _METRICS[budget.metric](program, reduced, edits, recipe.place.outputs)
+            if planner.refusals and not edits:
+                refused[str(scaled)] = planner.refusals[0].why
         return measured[str(scaled)], scaled
 
     limit = 0.999 / (1.0 - schedule.keep) if schedule.keep is not None else _strongest(schedule, layers, program)
     low, high = 0.0, limit
-    least, best = share(limit)
+    least, best = share(high)
+    for part in _STRONGEST:  # a recipe may refuse to leave next to nothing
+        if str(best) not in refused:
+            break
+        high = part * limit
+        least, best = share(high)
     if least > budget.share:
         hint = (
             "give --budget tokens=...; FLOPs behind the output are not this model's"
             if recipe.place.outputs
             else ("allow more, or use a schedule that removes in earlier layers")
         )
+        why = f"its schedule, scaled as far as it goes, leaves {least:.1%}"
         raise BudgetError(
             f"recipe {recipe.name} cannot meet the budget {budget}",
-            why=f"its schedule, scaled as far as it goes, leaves {least:.1%}",
+            why="; ".join([why, *([refused[str(best)]] if str(best) in refused else [])]),
             hint=hint,
         )
-    factor = min(1.0, limit / 2)
+    factor = min(1.0, high / 2)
     for _ in range(_REWRITES):
         found, scaled = share(factor)
         if found <= budget.share:

@@ -20,6 +20,7 @@ from tokenopt.errors import LoweringError, TokenoptError, UsageError
 from tokenopt.inspection import inspect
 from tokenopt.loading import load_program
 from tokenopt.optimization import Result, optimize
+from tokenopt.passes.reduce_tokens import ReduceTokens
 from tokenopt.pipeline import parse_passes
 from tokenopt.program import InputSpec, Program
 from tokenopt.report import Report
@@ -27,7 +28,7 @@ from tokenopt.runtimes.base import Engine
 from tokenopt.runtimes.bench import bench
 from tokenopt.runtimes.compare import verify
 from tokenopt.runtimes.eager import EagerEngine
-from tokenopt.schedule import Budget, Schedule
+from tokenopt.schedule import Budget
 from tokenopt.staging import staged
 
 Progress = Callable[[str, int, int], None]
@@ -346,9 +347,7 @@ def _check_method(
 ) -> None:
     """Raises: UsageError for what `optimize` would refuse or ignore, before a large model is loaded for nothing."""
     if passes is None:
-        recipes.get(recipe or RECIPE_NAME).with_settings(settings)
-        if schedule is not None:
-            Schedule.parse(schedule)
+        ReduceTokens(recipes.get(recipe or RECIPE_NAME), schedule, settings).resolved()
         return
     parse_passes(passes)
     if recipe or schedule or settings or short_outputs:
@@ -388,7 +387,7 @@ def _given(data: Path | None, inputs: Sequence[InputSpec], rows: int | None) -> 
 def _completed(given: list[list[Tensor]], data: Path | None, result: Result) -> list[list[Tensor]]:
     """The user's inputs for the rewritten program: what it takes besides is in the data too, or as in its example."""
     added = result.program.inputs[len(result.dense.inputs) :]
-    if data is not None and added and all(spec.name in load_arrays(data) for spec in added):
+    if data is not None and added and {spec.name for spec in added} <= load_arrays(data).keys():
         return _given(data, result.program.inputs, CHECKED)
     return [result.program.complete(batch) for batch in given]
 

@@ -15,6 +15,7 @@ import yaml
 
 from tokenopt.errors import UsageError
 
+_METRICS = ("flops", "tokens")
 _FORMS = "r=13, r=16:-1 (r, inflection), r=16,14,12 (a list), keep=0.7@3,6,9 or @0.25,0.5, or a JSON or YAML file"
 
 
@@ -145,9 +146,11 @@ class Budget:
         """
         if isinstance(text, Budget):
             return text
-        match = re.fullmatch(r"\s*(\w+)\s*=\s*([\d.]+)\s*(%?)\s*", str(text))
-        if match is None or match[1] not in ("flops", "tokens"):
-            raise UsageError(f"not a budget: {text!r}", hint="flops=60% or tokens=60%, of the dense model's")
+        match = re.fullmatch(r"\s*(\w+)\s*=\s*(\d+\.?\d*|\.\d+)\s*(%?)\s*", str(text))
+        metric = str(text).partition("=")[0].strip()
+        if match is None or metric not in _METRICS:
+            why = None if metric in _METRICS else f"{metric} is not supported; flops and tokens need no measurement"
+            raise UsageError(f"not a budget: {text!r}", why=why, hint="flops=60% or tokens=60%, of the dense model's")
         share = float(match[2]) / (100.0 if match[3] else 1.0)
         if not 0.0 < share <= 1.0:
             raise UsageError(f"not a budget: {text!r}", why="it is a share of the dense model's, above 0 and up to 1")

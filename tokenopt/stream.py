@@ -170,7 +170,8 @@ class StreamRewriter:
             decision.barrier = Effect(node, operands[0], 0, EffectKind.ALIGN, "it is seen with all positions")
         if decision.barrier is None:
             for operand in decision.align:
-                if operand in version.beside:
+                own_bias = node in self.attentions and operand in node.args[3:4]  # made from its queries, as SAM's
+                if operand in version.beside and not own_bias:
                     decision.barrier = Effect(node, operand, 0, EffectKind.ALIGN, "the stream keeps all its tokens")
                     break
                 gathered = self._counts(operand, version) or self._align(operand, node, version)

@@ -137,9 +137,9 @@ def matrix_table(rows: list[dict[str, Any]]) -> RenderableType:
     for row in rows:
         cells = row["runtimes"].values()
         shown = [c["status"] if c["error"] is None else f"{c['status']} {c['error']:.0e}" for c in cells]
-        table.add_row(row["name"], row["model"], *shown)
+        table.add_row(row["recipe"], row["model"], *shown)
         for why in dict.fromkeys((c["status"], c["why"]) for c in cells if c["why"]):
-            reasons.add_row(row["name"], *why)
+            reasons.add_row(row["recipe"], *why)
     return Group(*(t for t in (table, reasons) if t.row_count))
 
 

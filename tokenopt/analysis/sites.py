@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
-from itertools import product
 
 import torch
 from torch import Tensor, fx
@@ -197,16 +196,17 @@ def _segments(axes: AxisMap, terms: Terms) -> tuple[Segment, ...]:
 def _grid(axes: AxisMap, part: Terms) -> tuple[int, ...] | None:
     """The sizes of the grid that a run of tokens is in raster order of; None where it is none.
 
-    Windows cut rows and columns into smaller factors: what counts is the first value that has them as dimensions.
+    The grid is that of the first value that has its rows and columns apart: what windows make of them later, smaller
+    factors, maybe in another order, is a part of it.
     """
     if len(part) < 2 or any(isinstance(t, Cat) for t in part):
         return None
+    atoms = set(part)
     for node in axes.program.graph.nodes:
         dims = axes.dims(node) if isinstance(node.meta.get("val"), Tensor) else None
-        for i, count in product(range(len(dims or ()) - 1), (2, 3)):
-            some = dims[i : i + count]
-            if len(some) == count and all(some) and some[0][0] == part[0] and sum(some, ()) == part:
-                return tuple(length(d) for d in some)
+        runs = [run for d in dims or () if (run := tuple(t for t in d if t in atoms))]
+        if len(runs) > 1 and sum(map(len, runs)) == len(part) and set().union(*runs) == atoms:
+            return tuple(length(r) for r in runs) if sum(runs, ()) == part and len(runs) < 4 else None
     return tuple(t.size for t in part) if len(part) < 4 else None
 
 

@@ -315,9 +315,12 @@ class _Partition(Select):
         return max(keep, stream.count - len(self.sets(stream)[0]), 1)
 
     def build(self, stream: Stream, score: None, keep: int) -> Plan:
+        sets = self.sets(stream)
+        if not all(sets):
+            raise Refused("no token may be merged into another here", "a grid of at least one whole cell")
         sources, targets = (
             stream.constant(name, torch.tensor([positions], dtype=torch.int64))
-            for name, positions in zip(("sources", "targets"), self.sets(stream), strict=True)
+            for name, positions in zip(("sources", "targets"), sets, strict=True)
         )
         node = stream.insert(ops.match_partition.default, features(stream, self.metric), sources, targets,
                              stream.count - keep, stream.start, stream.stop)  # fmt: skip
