@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pytest
 import torch
 from torch import Tensor, nn
 
-from tokenopt import cli, load, optimize, runtimes
+from tokenopt import cli, load, optimize, run, runtimes
 from tokenopt.program import capture
 from tokenopt.report import Report
 from tokenopt.runtimes.bench import bench
@@ -87,11 +86,19 @@ def test_a_name_that_the_model_has_already() -> None:
     assert [o.name for o in result.program.outputs] == ["output_0", "source_1"]
 
 
-@pytest.mark.parametrize("given", [{}, {"ids": np.arange(5 * 64).reshape(5, 64) % 16}], ids=["example", "data"])
-def test_the_command_line(tmp_path: Path, given: dict[str, Any]) -> None:
+def test_inputs_that_the_data_lacks_are_those_of_the_example(tmp_path: Path) -> None:
+    model, x = small_model()
+    result = optimize(model, x, recipe="trajectory")
+    np.savez(tmp_path / "data.npz", image=np.zeros((5, 3, 32, 32)))
+    ((image, ids),) = run._completed([[torch.zeros(5, 3, 32, 32)]], tmp_path / "data.npz", result)
+    assert torch.equal(ids[4], result.program.example_inputs[1]["ids"][0]) and ids.shape == (5, 64)
+
+
+def test_the_command_line(tmp_path: Path) -> None:
     model, x = small_model()
     capture(model, x).save(tmp_path / "dense.pt2")
-    np.savez(tmp_path / "data.npz", image=np.random.default_rng(0).normal(size=(5, 3, 32, 32)), **given)
+    images, ids = np.random.default_rng(0).normal(size=(5, 3, 32, 32)), np.arange(5 * 64).reshape(5, 64) % 16
+    np.savez(tmp_path / "data.npz", image=images, ids=ids)
     arguments = ["optimize", tmp_path / "dense.pt2", "--recipe", "trajectory", "--data", tmp_path / "data.npz"]
     with pytest.raises(SystemExit) as end:
         cli.main([*map(str, arguments), "-o", str(tmp_path / "out"), "--threads", "1"])
