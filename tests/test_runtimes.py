@@ -210,6 +210,31 @@ def test_operations_of_tokenopt(tmp_path: Path) -> None:
         onnx_runtime.require_expressible(model, TensorRT.capabilities, "tensorrt")
 
 
+@pytest.mark.parametrize(
+    ("tokens", "start", "stop", "r", "dtype"),
+    [(17, 1, 17, 5, torch.float32), (17, 1, 17, 5, torch.float16), (12, 2, 9, 2, torch.float32),
+     (9, 0, 9, 5, torch.float32), (8, 0, 8, 0, torch.float32)],
+)  # fmt: skip
+def test_merges_equal_their_reference(
+    tmp_path: Path, tokens: int, start: int, stop: int, r: int, dtype: torch.dtype
+) -> None:
+    """Around protected tokens, of all even positions and of none, several into one place, sizes beyond fp16."""
+
+    class Merge(nn.Module):
+        def forward(self, x: Tensor, metric: Tensor, size: Tensor) -> tuple[Tensor, ...]:
+            ops = torch.ops.tokenopt
+            plan = ops.match_bipartite(metric, r, start, stop)
+            crowded = plan[0], plan[1], plan[2] * 0 + start
+            return *plan, *(t for p in (plan, crowded) for t in ops.merge_tokens(x, 1000 * size.exp(), *p, True))
+
+    batch = torch.randn(3, tokens, 6, dtype=dtype), torch.randn(3, tokens, 5), torch.randn(3, tokens)
+    program = capture(Merge(), tuple(t[:2] for t in batch))
+    engine = runtimes.export(program, tmp_path / "model.onnx")
+    for found, expected in zip(engine(*batch), program.flat(*batch), strict=True):
+        assert found.dtype is expected.dtype
+        torch.testing.assert_close(found, expected, rtol=1e-5 if expected.dtype is torch.float32 else 2e-3, atol=1e-5)
+
+
 def test_nested_results_of_transformers(tmp_path: Path) -> None:
     transformers = pytest.importorskip("transformers")
     config = transformers.ViTConfig(

@@ -51,7 +51,7 @@ def merge_tokens(
     x: Tensor, weight: Tensor | None, index: Tensor, src: Tensor, dst: Tensor, normalize: bool
 ) -> tuple[Tensor, Tensor]:
     """Most places keep the token they have: the means of the others are computed apart and written over it."""
-    if not normalize:
+    if not normalize or not src.shape[1]:
         return tokens.merge_tokens(x, weight, index, src, dst, normalize)
     wide = torch.float32 if x.dtype in (torch.float16, torch.bfloat16) else x.dtype
     y = take_tokens(x, index)
