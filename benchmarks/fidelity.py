@@ -38,6 +38,7 @@ from tokenopt.analysis.cuts import find_cuts
 from tokenopt.analysis.sites import find_sites
 from tokenopt.cost import program_flops
 from tokenopt.errors import Refusal, TokenoptError, UsageError
+from tokenopt.passes.flatten_grids import FlattenGrids
 from tokenopt.passes.fold_constants import FoldConstants
 from tokenopt.passes.raise_attention import RaiseAttention
 from tokenopt.passes.reduce_tokens import ReduceTokens
@@ -71,7 +72,7 @@ class Dense:
     @staticmethod
     def of(trial: Trial) -> Dense:
         program = capture(trial.model, tuple(x[:2] for x in trial.inputs))
-        program = Pipeline([FoldConstants(), RaiseAttention()]).run(program).program
+        program = Pipeline([FoldConstants(), RaiseAttention(), FlattenGrids()]).run(program).program
         axes = propagate(program)
         sites, _ = find_sites(axes)
         cuts, _ = find_cuts(axes, sites)

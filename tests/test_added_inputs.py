@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pytest
 import torch
 from torch import Tensor, nn
 
-from tokenopt import cli, load, optimize, runtimes
+from tokenopt import cli, load, optimize, run, runtimes
 from tokenopt.program import capture
 from tokenopt.report import Report
 from tokenopt.runtimes.bench import bench
@@ -18,7 +17,7 @@ from tokenopt.small_models import small_model
 
 CACHED = {
     "name": "cached", "select": "bipartite_grid", "fuse": "mean", "restore": "cached", "place": "attention",
-    "schedule": {"keep": 0.5, "layers": [1, 3]},
+    "schedule": {"keep": 0.5, "layers": [0, 2]},
 }  # fmt: skip
 
 
@@ -55,14 +54,14 @@ def test_what_was_kept_from_the_previous_step(tmp_path: Path) -> None:
     """Fed back, the outputs of one step are the inputs of the next: removed tokens get their old update."""
     model, x = small_model()
     result = optimize(model, x, recipe=CACHED)
-    assert [i.name for i in result.program.inputs] == ["image", "cache_1", "cache_3"]
-    assert [o.name for o in result.program.outputs] == ["output_0", "next_cache_1", "next_cache_3"]
-    zeros = {f"cache_{i}": torch.zeros(2, 65, 32) for i in (1, 3)}
+    assert [i.name for i in result.program.inputs] == ["image", "cache_0", "cache_2"]
+    assert [o.name for o in result.program.outputs] == ["output_0", "next_cache_0", "next_cache_2"]
+    zeros = {f"cache_{i}": torch.zeros(2, 65, 32) for i in (0, 2)}
     _, *kept = result.program.flat(x, **zeros)
-    _, *again = result.program.flat(x, cache_1=kept[0], cache_3=kept[1])
+    _, *again = result.program.flat(x, cache_0=kept[0], cache_2=kept[1])
     torch.testing.assert_close(again[0], kept[0])
     engine = runtimes.export(result.program, tmp_path / "model.onnx")
-    assert [i.name for i in engine.inputs] == ["image", "cache_1", "cache_3"]
+    assert [i.name for i in engine.inputs] == ["image", "cache_0", "cache_2"]
 
 
 def test_a_dense_model_beside_one_with_more_inputs() -> None:
@@ -87,11 +86,19 @@ def test_a_name_that_the_model_has_already() -> None:
     assert [o.name for o in result.program.outputs] == ["output_0", "source_1"]
 
 
-@pytest.mark.parametrize("given", [{}, {"ids": np.arange(5 * 64).reshape(5, 64) % 16}], ids=["example", "data"])
-def test_the_command_line(tmp_path: Path, given: dict[str, Any]) -> None:
+def test_inputs_that_the_data_lacks_are_those_of_the_example(tmp_path: Path) -> None:
+    model, x = small_model()
+    result = optimize(model, x, recipe="trajectory")
+    np.savez(tmp_path / "data.npz", image=np.zeros((5, 3, 32, 32)))
+    ((image, ids),) = run._completed([[torch.zeros(5, 3, 32, 32)]], tmp_path / "data.npz", result)
+    assert torch.equal(ids[4], result.program.example_inputs[1]["ids"][0]) and ids.shape == (5, 64)
+
+
+def test_the_command_line(tmp_path: Path) -> None:
     model, x = small_model()
     capture(model, x).save(tmp_path / "dense.pt2")
-    np.savez(tmp_path / "data.npz", image=np.random.default_rng(0).normal(size=(5, 3, 32, 32)), **given)
+    images, ids = np.random.default_rng(0).normal(size=(5, 3, 32, 32)), np.arange(5 * 64).reshape(5, 64) % 16
+    np.savez(tmp_path / "data.npz", image=images, ids=ids)
     arguments = ["optimize", tmp_path / "dense.pt2", "--recipe", "trajectory", "--data", tmp_path / "data.npz"]
     with pytest.raises(SystemExit) as end:
         cli.main([*map(str, arguments), "-o", str(tmp_path / "out"), "--threads", "1"])

@@ -23,14 +23,15 @@ from tokenopt.tokens.recipe import PARTS, TokenRecipe
 
 rtx = pytest.mark.skipif(TensorRTRTX().available() is not None, reason="tensorrt_rtx is not installed")
 FOLDER = tempfile.TemporaryDirectory()
+TRIED = {name: recipes.get(name) for name in recipes.names()}
+TRIED["cdpruner-text"] = TRIED["cdpruner"].with_settings({"score": "text"})  # one more input
 
 
 def representatives() -> set[str]:
     """Recipes that have all parts of all recipes between them: an engine is built of each, not of their variations."""
     seen: set[Any] = set()
     chosen = set()
-    for name in recipes.names():
-        recipe = recipes.get(name)
+    for name, recipe in TRIED.items():
         parts = {(kind, getattr(getattr(recipe, kind), "name", None)) for kind in PARTS}
         if not parts <= seen:
             chosen.add(name)
@@ -41,7 +42,7 @@ def representatives() -> set[str]:
 def cases() -> Iterator[Any]:
     """Those of one recipe side by side, as they share an ONNX file."""
     chosen = representatives()
-    for name in recipes.names():
+    for name in TRIED:
         yield pytest.param(name, "onnxruntime", id=f"{name}-onnxruntime")
         if name in chosen:
             yield pytest.param(name, "tensorrt-rtx", id=f"{name}-tensorrt-rtx", marks=[pytest.mark.tensorrt, rtx])
@@ -49,7 +50,7 @@ def cases() -> Iterator[Any]:
 
 @cache
 def onnx_file(name: str) -> tuple[Engine, Program]:
-    trial = attempt(recipes.get(name))
+    trial = attempt(TRIED[name])
     assert trial.status == "ok", trial.why
     return runtimes.get("onnxruntime").build(trial.program, Path(FOLDER.name) / f"{name}.onnx"), trial.program
 

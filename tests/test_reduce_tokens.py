@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 import torch
 
+import tokenopt
 from tests import references
 from tokenopt.errors import IllegalReduction, UsageError
 from tokenopt.passes.fold_constants import FoldConstants
@@ -17,6 +18,7 @@ from tokenopt.passes.remove_dead import RemoveDead
 from tokenopt.pipeline import Pipeline, PipelineResult
 from tokenopt.program import Program, capture, flatten_tensors
 from tokenopt.recipes import get
+from tokenopt.small_models import small_model
 
 SCHEDULES = {"constant": [8, 8, 8], "falling": [20, 9, 3], "middle": [0, 24, 0]}
 HF = {
@@ -353,3 +355,11 @@ def test_a_program_that_was_reduced_survives_saving(tmp_path: Any) -> None:
     x = references.images(3)
     assert torch.equal(again.flat(x)[0], reduced.flat(x)[0])
     assert again.provenance == reduced.provenance
+
+
+def test_short_outputs_of_a_recipe_that_mixes_the_order_are_checked() -> None:
+    """With nothing to remove, the order of the outputs is that of the dense model."""
+    model, x = small_model()
+    result = tokenopt.optimize(model, x, recipe="tome", schedule={"r": [8]}, short_outputs=True)
+    assert result.program.outputs[0].shape == ("batch", 57, 32)
+    assert result.report.passed and {row["check"] for row in result.report.parity} == {"capture", "identity"}

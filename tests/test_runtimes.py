@@ -218,7 +218,7 @@ def test_operations_of_tokenopt(tmp_path: Path) -> None:
 def test_merges_equal_their_reference(
     tmp_path: Path, tokens: int, start: int, stop: int, r: int, dtype: torch.dtype
 ) -> None:
-    """Around protected tokens, of all even positions and of none, several into one place, sizes beyond half."""
+    """Around protected tokens, of all even positions and of none, several into one place, sizes beyond fp16."""
 
     class Merge(nn.Module):
         def forward(self, x: Tensor, metric: Tensor, size: Tensor) -> tuple[Tensor, ...]:

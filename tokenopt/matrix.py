@@ -13,6 +13,7 @@ from typing import Any
 from tokenopt import recipes, runtimes
 from tokenopt.errors import TokenoptError, UsageError
 from tokenopt.fitting import fit, needs_data
+from tokenopt.passes.flatten_grids import FlattenGrids
 from tokenopt.passes.fold_constants import FoldConstants
 from tokenopt.passes.raise_attention import RaiseAttention
 from tokenopt.passes.reduce_tokens import ReduceTokens
@@ -21,7 +22,7 @@ from tokenopt.pipeline import Pipeline
 from tokenopt.program import Program, capture, flatten_tensors
 from tokenopt.runtimes.base import Engine
 from tokenopt.schedule import Schedule
-from tokenopt.small_models import MODELS, small_model
+from tokenopt.small_models import DEPTH, MODELS, small_model
 from tokenopt.tokens.recipe import TokenRecipe
 
 Progress = Callable[[str, int, int], None]
@@ -74,7 +75,7 @@ def recipe_matrix(
 
 
 def attempt(recipe: TokenRecipe) -> Trial:
-    """A recipe on the first small model that it reduces, with its own schedule on two layers at most."""
+    """A recipe on the first small model that it reduces, with its own schedule at one layer."""
     trials = []
     for model in MODELS:
         trials.append(_attempt(recipe, model))
@@ -108,12 +109,12 @@ def build_all(trial: Trial, names: Iterable[str], folder: Path) -> dict[str, dic
 
 @cache
 def _dense(model: str) -> Program:
-    return Pipeline([FoldConstants(), RaiseAttention()]).run(capture(*small_model(model))).program
+    return Pipeline([FoldConstants(), RaiseAttention(), FlattenGrids()]).run(capture(*small_model(model))).program
 
 
 def _attempt(recipe: TokenRecipe, model: str) -> Trial:
     dense = _dense(model)
-    schedule = _on_two_layers(recipe)
+    schedule = _on_one_layer(recipe)
     with tempfile.TemporaryDirectory() as folder:
         if needs_data(recipe):
             batches = [flatten_tensors(dense.random_inputs(16, seed)) for seed in range(4)]
@@ -128,11 +129,12 @@ def _attempt(recipe: TokenRecipe, model: str) -> Trial:
     return Trial(recipe.name, model, "refused", why)
 
 
-def _on_two_layers(recipe: TokenRecipe) -> Schedule:
-    """The recipe's schedule; one for every layer is cut down to the second and third, which is quicker to build."""
+def _on_one_layer(recipe: TokenRecipe) -> Schedule:
+    """The recipe's schedule at one layer alone, which is quicker to build: its first that there is, or the second."""
     schedule = Schedule.parse(recipe.schedule)
     if isinstance(schedule.r, int):
-        return Schedule(r=[0, schedule.r, schedule.r])
-    if schedule.keep is not None and schedule.layers is None and not recipe.place.outputs:
-        return Schedule(keep=schedule.keep, layers=(1, 2))
-    return schedule
+        return Schedule(r=[0, schedule.r])
+    if schedule.keep is None or recipe.place.outputs:
+        return schedule
+    there = [x for x in schedule.layers or () if isinstance(x, float) or x < DEPTH]
+    return Schedule(keep=schedule.keep, layers=(there[0] if there else 1,))

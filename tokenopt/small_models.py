@@ -5,17 +5,18 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-GRID = 8
+DEPTH = 3
 FRAMES = 3
+GRID = 8
 
 
 class SmallVisionTransformer(nn.Module):
-    """A class token and 8 x 8 patches of an image of 32 x 32 pixels through four blocks.
+    """A class token and 8 x 8 patches of an image of 32 x 32 pixels through three blocks.
 
     Shapes: image [B, 3, 32, 32] -> features [B, 65, 32].
     """
 
-    def __init__(self, width: int = 32, heads: int = 2, depth: int = 4) -> None:
+    def __init__(self, width: int = 32, heads: int = 2, depth: int = DEPTH) -> None:
         super().__init__()
         self.patches = nn.Conv2d(3, width, 4, 4)
         self.cls_token = nn.Parameter(torch.zeros(1, 1, width))

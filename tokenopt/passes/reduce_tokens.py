@@ -120,9 +120,11 @@ class ReduceTokens(Pass):
             return
         if restore.ends:
             regions = [r if r.until is not None else replace(r, until=cuts[-1].leave) for r in regions]
+        # with nothing to remove, outputs are those of the dense model in its order, too
+        short = (self.short_outputs or not restore.outputs) and not (self.neutral and recipe.select.permutes)
         rewriter = StreamRewriter(
             editor, axes, regions, segment, planner, sites=sites, spec=self.spec, restore=restore,
-            short=self.short_outputs or not restore.outputs, proportional=recipe.proportional, position=recipe.position,
+            short=short, proportional=recipe.proportional, position=recipe.position,
         )  # fmt: skip
         rewriter.run()
         if recipe.source:

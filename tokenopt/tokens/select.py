@@ -28,11 +28,13 @@ class Select(Primitive, kind="select"):
         scored: whether it needs a score: True, False, or None where it can use one.
         gives: whether it says where removed tokens go ("places"), mixes them softly ("soft"), leaves them as places of
             size 0 ("masked"), or none of these ("").
+        permutes: whether it changes the order of tokens, even where it removes none.
         spares: whether special tokens between the others, as those of every frame, stay.
     """
 
     scored: bool | None = True
     gives: str = ""
+    permutes = False
     spares: bool = False
 
     @property
@@ -255,6 +257,7 @@ class Bipartite(Select, name="bipartite"):
 
     scored = False
     gives = "places"
+    permutes = True
 
     def fit(self, stream: Stream, keep: int) -> int:
         return max(keep, stream.count - stream.count // 2, 1)
@@ -265,7 +268,7 @@ class Bipartite(Select, name="bipartite"):
         return _plan(stream, node, 3)
 
     def neutral(self, stream: Stream, score: None) -> Plan:
-        return self.build(stream, score, stream.count)  # a mere permutation
+        return self.build(stream, score, stream.count)
 
 
 @dataclass(frozen=True)
