@@ -89,7 +89,8 @@ class StreamRewriter:
         self.learned: set[fx.Node] = set()
         self.seen: dict[fx.Node, _Version | None] = {}
         self.version: _Version | None = None
-        self.counted = {n: kind for n in editor.graph.nodes if (kind := _count_of(n)) is not None}
+        counts = ((n, _count_of(n)) for n in editor.graph.nodes if axes.results(n))  # not those of this very pass
+        self.counted = {n: kind for n, kind in counts if kind is not None}
         self.before = self._count_before()
         self.until: set[fx.Node] = set()
         self.edits: list[Edit] = []
