@@ -181,13 +181,14 @@ class Rollout(Score, name="rollout"):
             row[0, cls.start] = 1.0
         weight = stream.constant("rollout", row)
         for site in reversed(sites):
-            passed = stream.insert(aten.mul.Tensor, self._row(stream, site, weight), 0.5)
+            logits, options = logits_of(site)
+            if site is last and cls is not None:  # one row is all that is read of it
+                read = stream.insert(ops.attention_probe.default, *logits, cls.start, 1, **options)
+            else:
+                read = stream.insert(ops.attention_received.default, *logits, weight, **options)
+            passed = stream.insert(aten.mul.Tensor, read, 0.5)
             weight = stream.insert(aten.add.Tensor, passed, stream.insert(aten.mul.Tensor, weight, 0.5))
         return stream.of_keys(weight, last)
-
-    def _row(self, stream: Stream, site: AttentionSite, weight: fx.Node) -> fx.Node:
-        logits, options = logits_of(site)
-        return stream.insert(ops.attention_received.default, *logits, weight, **options)
 
 
 @dataclass(frozen=True)
