@@ -67,6 +67,13 @@ def _attention(node: fx.Node, shape: Shapes) -> float:
     return 2.0 * prod(query[:-1]) * key[-2] * (query[-1] + value[-1])
 
 
+def _tiles(node: fx.Node, shape: Shapes) -> float:
+    query, key, value = (shape(n) for n in node.args[:3])
+    _, tiles, size = shape(node.args[3])
+    pairs = tiles * size * shape(node.args[4])[-1] + shape(node.args[6])[0] * key[-2]
+    return 2.0 * prod(query[:2]) * pairs * (query[-1] + value[-1])
+
+
 def _probe(node: fx.Node, shape: Shapes) -> float:
     key = shape(node.args[1])
     return 2.0 * prod(key) * node.args[5]
@@ -168,6 +175,8 @@ def _ours() -> dict[Any, Callable[[fx.Node, Shapes], float]]:
     ops = torch.ops.tokenopt
     return {
         ops.attention.default: _attention,
+        ops.tiled_attention.default: _tiles,
+        ops.neighborhood_attention.default: _tiles,
         ops.attention_probe.default: _probe,
         ops.match_bipartite.default: _match,
         ops.merge_tokens.default: _merge,

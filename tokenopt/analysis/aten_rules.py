@@ -436,6 +436,21 @@ def attention(axes: Axes, node: fx.Node) -> Dims:
     return (*lead, dq[-2], dv[-1])
 
 
+@axis_rule("tokenopt.tiled_attention tokenopt.neighborhood_attention")
+def patterned(axes: Axes, node: fx.Node) -> Dims:
+    """Attention whose tables name positions: every token has to be where it was."""
+    query, key, value = node.args[:3]
+    dq, dk, dv = axes.of(query), axes.of(key), axes.of(value)
+    axes.unify(dq[-1], dk[-1])
+    axes.unify(dk[-2], dv[-2])
+    axes.unify(dq[-2], dk[-2])
+    for operand, dims in ((query, dq), (key, dk), (value, dv)):
+        axes.effect(node, operand, len(dims) - 2, EffectKind.LAYOUT, "an attention pattern reads it as a grid")
+    for operand, dims in ((query, dq), (key, dk)):
+        axes.effect(node, operand, len(dims) - 1, EffectKind.LAYOUT, "attention contracts it")
+    return (*dq[:-1], dv[-1])
+
+
 axis_rule("aten.outer", "i, j -> i j")
 
 
