@@ -74,6 +74,26 @@ def _tiles(node: fx.Node, shape: Shapes) -> float:
     return 2.0 * prod(query[:2]) * pairs * (query[-1] + value[-1])
 
 
+def _listed(node: fx.Node, shape: Shapes, blocks: int) -> float:
+    """Attention of blocks of queries over lists of so many blocks of keys and the tokens in no block."""
+    query, key, value = (shape(n) for n in node.args[:3])
+    first = 4 if node.target is torch.ops.tokenopt.block_sparse_attention.default else 3
+    (tiles, size), (_, length), _, (rows,) = (shape(n) for n in node.args[first : first + 4])
+    pairs = tiles * size * (blocks * length + rows) + rows * key[-2]
+    return 2.0 * prod(query[:2]) * pairs * (query[-1] + value[-1])
+
+
+def _block_sparse(node: fx.Node, shape: Shapes) -> float:
+    return _listed(node, shape, shape(node.args[3])[-1])
+
+
+def _routed(node: fx.Node, shape: Shapes) -> float:
+    query = shape(node.args[0])
+    pooled = prod(query) + prod(shape(node.args[1]))
+    scores = shape(node.args[3])[0] * shape(node.args[4])[0] * query[0] * query[1] * query[-1]
+    return _listed(node, shape, node.kwargs["topk"]) + 2.0 * (pooled + scores)
+
+
 def _probe(node: fx.Node, shape: Shapes) -> float:
     key = shape(node.args[1])
     return 2.0 * prod(key) * node.args[5]
@@ -177,6 +197,8 @@ def _ours() -> dict[Any, Callable[[fx.Node, Shapes], float]]:
         ops.attention.default: _attention,
         ops.tiled_attention.default: _tiles,
         ops.neighborhood_attention.default: _tiles,
+        ops.block_sparse_attention.default: _block_sparse,
+        ops.routed_attention.default: _routed,
         ops.attention_probe.default: _probe,
         ops.match_bipartite.default: _match,
         ops.merge_tokens.default: _merge,

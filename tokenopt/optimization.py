@@ -21,7 +21,7 @@ from tokenopt.attention.recipe import AttentionRecipe
 from tokenopt.budget import within
 from tokenopt.cost import program_flops
 from tokenopt.errors import Refusal, UsageError
-from tokenopt.fitting import fit, needs_data
+from tokenopt.fitting import fit, fit_patterns, needs_data
 from tokenopt.inspection import axis_dict, refusal_of
 from tokenopt.parity import Parity
 from tokenopt.passes.flatten_grids import FlattenGrids
@@ -130,10 +130,10 @@ def optimize(
 
         done = stage("check")
         checks = _checks(program, result, steps, given)
+        report = _report(program, canonical, result, reducing, steps, checks, short_outputs)
         done()
     if progress is not None:
         progress("check", len(stages), len(stages))
-    report = _report(program, canonical, result, reducing, steps, checks, short_outputs)
     report.timings = {**seconds, **result.timings}
     return Result(result.program, program, report)
 
@@ -155,20 +155,31 @@ def _steps(
 
 
 def _fitted(step: Pass, program: Program, data: Sequence[Sequence[Tensor]] | None, weights: str | Path) -> Pass:
-    """A reduction whose recipe has learned from the data what it learns."""
+    """A step whose recipe has learned from the data what it learns."""
+    if isinstance(step, SparsifyAttention):
+        recipe = step.resolved()
+        if not needs_data(recipe):
+            return step
+        part = next(p for p in recipe.pattern.values() if p.unfitted)
+        given = _required(data, recipe, f"{part}: {part.summary()}")
+        return replace(step, pattern=None, recipe=fit_patterns(recipe, program, given, Path(weights)), sites="all")
     if not isinstance(step, ReduceTokens):
         return step
     recipe, schedule = step.resolved()
     if not needs_data(recipe):
         return step
+    part = recipe.score if isinstance(recipe.score, Learned) else recipe.select
+    given = _required(data, recipe, f"{part.kind} '{part.name}': {part.summary()}")
+    return replace(step, recipe=fit(recipe, schedule, program, given, Path(weights)), settings={})
+
+
+def _required(
+    data: Sequence[Sequence[Tensor]] | None, recipe: TokenRecipe | AttentionRecipe, why: str
+) -> Sequence[Sequence[Tensor]]:
     if not data:
-        part = recipe.score if isinstance(recipe.score, Learned) else recipe.select
-        raise UsageError(
-            f"recipe {recipe.name} learns from data, and there is none",
-            why=f"{part.kind} '{part.name}': {part.summary()}",
-            hint="give inputs like those the model is for (--data FILE)",
-        )
-    return replace(step, recipe=fit(recipe, schedule, program, data, Path(weights)), settings={})
+        hint = "give inputs like those the model is for (--data FILE)"
+        raise UsageError(f"recipe {recipe.name} learns from data, and there is none", why=why, hint=hint)
+    return data
 
 
 def _budgeted(steps: list[Pass], budget: Budget, program: Program) -> list[Pass]:

@@ -4,8 +4,9 @@ from tokenopt.attention.layout import Layout, Tokens
 from tokenopt.attention.masks import Band, BlockMap, Concentric, Full, Global, Neighborhood, Nothing, Stripe
 from tokenopt.attention.pattern import Mask, On, Pattern, PerHead, Permuted, on, parse, per_head, permuted
 from tokenopt.attention.recipe import AttentionRecipe
+from tokenopt.attention.routed import Routed
 
 __all__ = [
     "AttentionRecipe", "Band", "BlockMap", "Concentric", "Full", "Global", "Layout", "Mask", "Neighborhood", "Nothing",
-    "On", "Pattern", "PerHead", "Permuted", "Stripe", "Tokens", "on", "parse", "per_head", "permuted",
+    "On", "Pattern", "PerHead", "Permuted", "Routed", "Stripe", "Tokens", "on", "parse", "per_head", "permuted",
 ]  # fmt: skip

@@ -35,6 +35,8 @@ class Lowered:
         ideal, tile, predicted: speed-up of this attention over dense attention if only seen pairs cost anything, if
             every computed pair costs as much as a dense one, and by the cost model.
         tiles: the tables, where the operation is attention in tiles: a bias of the attention is cut along them.
+        dense: name of an operation on the same operands that gives the bias under which dense attention equals it,
+            where that depends on the content.
     """
 
     op: str
@@ -44,6 +46,7 @@ class Lowered:
     tile: float
     predicted: float
     tiles: Any = None
+    dense: str = ""
 
 
 class Pattern:
@@ -66,6 +69,23 @@ class Pattern:
 
         Raises:
             Refused: if it means nothing there.
+        """
+        raise NotImplementedError
+
+    def whole(self, layout: Layout, lowered: Lowered) -> Lowered:
+        """What it was lowered to, computed in the same way with all keys: dense attention. Only of a subset."""
+        raise NotImplementedError
+
+    @property
+    def unfitted(self) -> bool:
+        """Whether it has to be fitted on data before it can be lowered."""
+        return False
+
+    def fit(self, layout: Layout, query: Tensor, key: Tensor) -> tuple[Pattern, dict[str, Tensor]]:
+        """The pattern fitted on queries and keys [B, H, N, D] of one attention, and its weights by name.
+
+        Where there are weights, the pattern has the fields ``weights``, the file they are in, and ``site``, the number
+        of the attention that they are for.
         """
         raise NotImplementedError
 
@@ -96,6 +116,13 @@ class Mask(Pattern):
         from tokenopt.attention.tiles import tile
 
         return tile(self, layout).lowered()
+
+    def whole(self, layout: Layout, lowered: Lowered) -> Lowered:
+        """The same tiles, each with all keys."""
+        from tokenopt.attention.masks import Full
+        from tokenopt.attention.tiles import tile_as
+
+        return tile_as(Full(), layout, lowered.tiles.queries).lowered()
 
     def allows(self, query: Tokens, key: Tokens) -> Tensor:
         """bool [Q, K]: whether each query on the grid sees each key on the grid; elsewhere it does not matter."""

@@ -68,7 +68,7 @@ class Tiles:
     def predicted(self) -> float:
         """Speed-up of attention by the cost model."""
         rows = len(self.rows) * self.layout.total
-        return self.layout.total**2 / (rows + _cost(self.queries.shape[1], self.queries.shape[2], self.keys.shape[2]))
+        return self.layout.total**2 / (rows + cost(self.queries.shape[1], self.queries.shape[2], self.keys.shape[2]))
 
 
     def lowered(self) -> Lowered:
@@ -88,7 +88,8 @@ def additive(mask: Tensor) -> Tensor:
     return torch.zeros(mask.shape).masked_fill_(~mask, float("-inf"))
 
 
-def _cost(tiles: int, queries: int, keys: int) -> float:
+def cost(tiles: int, queries: int, keys: int) -> float:
+    """What attention in tiles costs, in pairs of dense attention."""
     return tiles * (queries * keys * _PAIR + keys * _KEY + _TILE)
 
 
@@ -155,9 +156,9 @@ def _best_tiling(pattern: Mask, layout: Layout) -> tuple[Tensor, int]:
     for tiling in _distinct(pattern.tilings(layout)):
         queries = tiling + layout.start
         width = _width(pattern, layout, queries)
-        cost = _cost(*queries.shape, width)
-        if best is None or cost < best[0]:
-            best = cost, queries, width
+        price = cost(*queries.shape, width)
+        if best is None or price < best[0]:
+            best = price, queries, width
     assert best is not None, "every pattern has a tiling"
     return best[1:]
 

@@ -1,0 +1,329 @@
+"""Patterns that depend on the content, against the papers' formulas in loops, dense attention, and the runtimes."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import replace
+from itertools import product
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from tokenopt import Program, capture, optimize, recipes, runtimes
+from tokenopt.attention import AttentionRecipe, Layout, Pattern, Routed, parse
+from tokenopt.attention.pattern import Lowered, Refused
+from tokenopt.cost import node_flops
+from tokenopt.errors import UsageError
+from tokenopt.fitting import fit_patterns, needs_data
+from tokenopt.passes.sparsify_attention import SparsifyAttention
+from tokenopt.pipeline import Pipeline, parse_passes
+from tokenopt.recipes.attention import BIFORMER, DHSA, SPARGE, VSA
+from tokenopt.runtimes.tensorrt import TensorRTRTX
+
+ops = torch.ops.tokenopt
+rtx = pytest.mark.skipif(TensorRTRTX().available() is not None, reason="tensorrt_rtx is not installed")
+
+GRIDS = {
+    "run": Layout(23, 0, (23,), heads=2, head_dim=8),
+    "grid": Layout(1 + 30 + 2, 1, (5, 6), heads=2, head_dim=8),
+    "video": Layout(2 + 45, 2, (3, 3, 5), heads=2, head_dim=8),
+}
+ROUTED = {
+    "biformer": Routed(2, topk=2),
+    "dhsa": Routed(5, topk=5, key_block=3, score="length", heads="mean", first=1, local=1, flat=True),
+    "sparge": Routed(4, topk=3, key_block=2, heads="each", flat=True),
+    "boxes": Routed(3, topk=3, key_block=2, heads="each", first=1),
+}
+
+
+def operands(layout: Layout, batch: int = 2, seed: int = 0) -> tuple[Tensor, Tensor, Tensor]:
+    generator = torch.Generator().manual_seed(seed)
+    shape = (batch, layout.heads, layout.total, layout.head_dim)
+    query, key, value = (torch.randn(shape, generator=generator) for _ in range(3))
+    return query, key, value
+
+
+def call(lowered: Lowered, *tensors: Tensor, **more: Tensor | None) -> Tensor:
+    return getattr(ops, lowered.op)(*tensors, **lowered.tensors, **lowered.settings, **more)
+
+
+def close(found: Tensor, expected: Tensor) -> None:
+    torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-5)
+
+
+def over(seen: Iterable[int], q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None = None) -> Tensor:
+    """One query over a list of keys."""
+    seen = list(seen)
+    logits = torch.stack([q @ k[j] * len(q) ** -0.5 + (0.0 if bias is None else bias[j]) for j in seen])
+    return logits.softmax(0) @ torch.stack([v[j] for j in seen])
+
+
+# -- blocks, chosen by the product of their means ----------------------------------------------------------------------
+
+
+def boxes(layout: Layout, size: tuple[int, ...]) -> list[list[int]]:
+    """Positions of the tokens of every box of the grid."""
+    starts = product(*(range(0, n, s) for n, s in zip(layout.grid, size, strict=True)))
+    found = []
+    for corner in starts:
+        cells = product(*(range(c, min(c + s, n)) for c, s, n in zip(corner, size, layout.grid, strict=True)))
+        members = []
+        for cell in cells:
+            number = 0
+            for c, n in zip(cell, layout.grid, strict=True):
+                number = number * n + c
+            members.append(layout.start + number)
+        found.append(members)
+    return found
+
+
+def routed(pattern: Routed, layout: Layout, q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None = None) -> Tensor:
+    """Pattern and attention of every query by itself, from the words of `Routed`."""
+    grid = replace(layout, grid=(layout.count,)) if pattern.flat else layout
+    per_axis = lambda size: size if isinstance(size, tuple) else (size,) * len(grid.grid)  # noqa: E731
+    key_size = per_axis(pattern.key_block or pattern.block)
+    blocks, key_blocks = boxes(grid, per_axis(pattern.block)), boxes(grid, key_size)
+    coords = lambda p: [int(c) for c in grid.at(torch.tensor([p])).coords]  # noqa: E731
+    local = max(pattern.local, 1) if layout.causal else pattern.local
+    bias = torch.zeros(layout.total, layout.total) if bias is None else bias
+    out = torch.zeros_like(v)
+    others = layout.others
+
+    def away(a: list[int], b: list[int]) -> int:
+        """Blocks of keys that b begins behind a's last token, or ends before its first."""
+        most = 0
+        for axis, size in enumerate(key_size):
+            x, y = ([coords(p)[axis] for p in part] for part in (a, b))
+            gap = max(min(y) - max(x), min(x) - max(y), 0)
+            most = max(most, -(-gap // size))
+        return most
+
+    def pooled(x: Tensor, members: list[int]) -> Tensor:  # [H, N, D] -> [H, D]
+        mean = sum(x[:, p] for p in members) / len(members)
+        return mean * len(members) ** 0.5 if pattern.score == "length" else mean
+
+    for b, h in product(range(q.shape[0]), range(layout.heads)):
+        for block in blocks:
+            chosen, scored = [], []
+            for number, keys in enumerate(key_blocks):
+                if layout.causal and min(keys) > max(block):
+                    continue
+                if number < pattern.first or away(block, keys) < local:
+                    chosen.append(keys)
+                    continue
+                a, c = pooled(q[b], block), pooled(k[b], keys)
+                score = {"joint": (a * c).sum(), "mean": a.mean(0) @ c.mean(0), "each": a[h] @ c[h]}[pattern.heads]
+                scored.append((float(score), keys))
+            scored.sort(key=lambda pair: -pair[0])
+            chosen += [keys for _, keys in scored[: pattern.topk - len(chosen)]]
+            for i in block:
+                seen = [j for keys in [*chosen, others] for j in keys if not layout.causal or j <= i]
+                out[b, h, i] = over(seen, q[b, h, i], k[b, h], v[b, h], bias[i])
+        for i in others:
+            seen = range(i + 1 if layout.causal else layout.total)
+            out[b, h, i] = over(seen, q[b, h, i], k[b, h], v[b, h], bias[i])
+    return out
+
+
+@pytest.mark.parametrize("causal", [False, True])
+@pytest.mark.parametrize("layout", GRIDS)
+@pytest.mark.parametrize("name", ROUTED)
+def test_routed_attention_is_the_papers(name: str, layout: str, causal: bool) -> None:
+    pattern, at = ROUTED[name], replace(GRIDS[layout], causal=causal)
+    if causal and name in ("sparge", "boxes"):
+        pattern = replace(pattern, topk=9)  # its own blocks of keys, and a few
+    q, k, v = operands(at)
+    close(call(pattern.lower(at), q, k, v), routed(pattern, at, q, k, v))
+
+
+def test_a_bias_is_added_to_the_pairs_that_are_seen() -> None:
+    at, bias = replace(GRIDS["grid"], causal=True), torch.randn(33, 33)
+    q, k, v = operands(at)
+    pattern = ROUTED["sparge"]
+    expected = routed(pattern, at, q, k, v, bias)
+    close(call(pattern.lower(at), q, k, v, bias=bias), expected)
+    hidden = bias > -1
+    expected = routed(pattern, at, q, k, v, torch.zeros(33, 33).masked_fill(~hidden, float("-inf")))
+    visible = call(pattern.lower(at), q, k, v, bias=hidden)
+    close(visible, expected.nan_to_num())
+
+
+@pytest.mark.parametrize("causal", [False, True])
+@pytest.mark.parametrize("shape", [None, (33,), (33, 33), (2, 33, 33), (2, 1, 1, 33), (2, 2, 33, 33)])
+@pytest.mark.parametrize("name", ROUTED)
+def test_routed_attention_is_dense_attention_under_its_bias(
+    name: str, shape: tuple[int, ...] | None, causal: bool
+) -> None:
+    """With every shape of a bias, and one per key; with all blocks it is dense attention."""
+    at = replace(GRIDS["grid"], causal=causal)
+    pattern = replace(ROUTED[name], topk=8)
+    q, k, v = operands(at)
+    given = {"bias": None if shape is None else torch.randn(shape), "key_bias": torch.randn(2, 33)}
+    lowered = pattern.lower(at)
+    dense = call(replace(lowered, op=lowered.dense), q, k, v, **given)
+    assert bool((dense == float("-inf")).any())
+    close(call(lowered, q, k, v, **given), ops.attention(q, k, v, dense))
+    whole = pattern.whole(at, lowered)
+    bias = given["bias"]
+    if causal:
+        past = torch.ones(33, 33, dtype=torch.bool).tril()
+        bias = torch.where(past, torch.zeros(()) if bias is None else bias, float("-inf"))
+    close(call(whole, q, k, v, **given), ops.attention(q, k, v, bias, given["key_bias"]))
+
+
+def test_the_count_of_blocks_holds_the_share_of_the_attention() -> None:
+    at = Layout(48, 0, (48,), heads=2, head_dim=8)
+    q, k, v = operands(at)
+    q = q * 3
+    fitted, weights = Routed(6, mass=0.6, key_block=4, heads="each").fit(at, q, k)
+    assert not weights and fitted.mass is None
+    probabilities = (q @ k.mT * 8**-0.5).softmax(-1)
+    for topk, enough in ((fitted.topk, True), (fitted.topk - 1, False)):
+        lowered = replace(fitted, topk=topk).lower(at)
+        seen = call(replace(lowered, op=lowered.dense), q, k, v) == 0
+        assert ((probabilities * seen).sum(-1).mean() >= 0.6) == enough
+    assert Routed(6, mass=1.0).fit(at, q, k)[0].topk == 8
+
+
+@pytest.mark.parametrize(
+    ("pattern", "layout", "why"),
+    [
+        (Routed((4, 4), topk=2), GRIDS["run"], "the grid has 1 axes"),
+        (Routed(4, mass=0.5), GRIDS["run"], "learned from data"),
+        (Routed(4, topk=2, first=2, local=1), GRIDS["run"], "first and local are 3 blocks"),
+    ],
+)
+def test_what_means_nothing_is_refused(pattern: Pattern, layout: Layout, why: str) -> None:
+    with pytest.raises(Refused, match=why) as caught:
+        pattern.lower(layout)
+    assert caught.value.hint
+
+
+@pytest.mark.parametrize(
+    "text", ["Routed(4)", "Routed(0, topk=1)", "Routed(4, topk=0)", "Routed(4, mass=2)", "Routed(4, 2, heads='all')"]
+)
+def test_what_is_no_pattern_is_an_error(text: str) -> None:
+    with pytest.raises(UsageError):
+        parse(text)
+
+
+# -- whole models ------------------------------------------------------------------------------------------------------
+
+
+def perturbed(model: nn.Module) -> nn.Module:
+    generator = torch.Generator().manual_seed(1)
+    with torch.no_grad():
+        for p in model.parameters():
+            p.add_(0.1 * torch.randn(p.shape, generator=generator))
+    return model.eval()
+
+
+@pytest.fixture(scope="module")
+def vit() -> Program:
+    import timm
+
+    torch.manual_seed(0)
+    options = {"img_size": 64, "patch_size": 8, "embed_dim": 32, "depth": 2, "num_heads": 2, "num_classes": 5}
+    return capture(perturbed(timm.create_model("vit_tiny_patch16_224", **options)), (images(2),))
+
+
+@pytest.fixture(scope="module")
+def decoder() -> Program:
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    class Logits(nn.Module):
+        def __init__(self, model: nn.Module) -> None:
+            super().__init__()
+            self.model = model
+
+        def forward(self, input_ids: Tensor) -> Tensor:
+            return self.model(input_ids=input_ids).logits
+
+    torch.manual_seed(0)
+    config = LlamaConfig(vocab_size=50, hidden_size=32, intermediate_size=64, num_hidden_layers=2, use_cache=False,
+                         num_attention_heads=2, num_key_value_heads=1, max_position_embeddings=64)  # fmt: skip
+    return capture(Logits(perturbed(LlamaForCausalLM(config))), (torch.randint(0, 50, (2, 40)),))
+
+
+def images(batch: int, seed: int = 0) -> Tensor:
+    return torch.randn(batch, 3, 64, 64, generator=torch.Generator().manual_seed(seed))
+
+
+MODELS = {
+    "biformer": ("vit", BIFORMER.with_settings({"block": 3, "topk": 2})),
+    "sparge": ("vit", SPARGE.with_settings({"block": 16, "key_block": 8, "mass": 0.5})),
+    "dhsa": ("decoder", DHSA.with_settings({"block": 8, "key_block": 4, "topk": 5, "first": 1})),
+}
+
+
+def small(name: str, request: pytest.FixtureRequest) -> tuple[Program, AttentionRecipe, list[list[Tensor]]]:
+    model, recipe = MODELS[name]
+    return request.getfixturevalue(model), recipe, [[images(2, seed)] for seed in (1, 2)]
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_every_attention_of_a_model(name: str, request: pytest.FixtureRequest, tmp_path: Path) -> None:
+    """The identity and the pattern's own mask are checked by `optimize`; so is ONNX Runtime."""
+    program, recipe, data = small(name, request)
+    result = optimize(program, recipe=recipe, min_speedup=0, data=data, weights=tmp_path / "weights.safetensors")
+    checks = {row["check"] for row in result.report.parity}
+    assert {"identity", "pattern"} <= checks
+    assert all(row["passed"] for row in result.report.parity)
+    assert [row["refusal"] for row in result.report.patterns] == [None, None]
+    inputs = result.program.random_inputs(2)[0]
+    assert not torch.allclose(result.program.flat(*inputs)[0], program.flat(*inputs)[0], atol=1e-3)
+    engine = runtimes.get("onnxruntime").build(result.program, tmp_path / "model.onnx")
+    assert all(c.passed for c in engine.parity)
+    close(engine(*inputs)[0], result.program.flat(*inputs)[0])
+
+
+def test_a_plain_causal_mask_is_not_carried_along(decoder: Program) -> None:
+    result = optimize(decoder, recipe=MODELS["dhsa"][1], min_speedup=0)
+    called = [n for n in result.program.graph.nodes if n.target is ops.routed_attention.default]
+    assert len(called) == 2
+    assert all(len(n.args) == 8 and n.kwargs["causal"] for n in called), "no bias behind the forced blocks"
+    assert all(n.args[3:] == called[0].args[3:] for n in called), "layers share their tables"
+
+
+def test_patterns_that_learn_need_data(vit: Program, tmp_path: Path) -> None:
+    recipe = MODELS["sparge"][1]
+    assert needs_data(recipe)
+    with pytest.raises(UsageError, match="learns from data"):
+        optimize(vit, recipe=recipe)
+    with pytest.raises(UsageError, match="no data"):
+        fit_patterns(recipe, vit, [], tmp_path / "weights.safetensors")
+    raised = Pipeline(parse_passes("fold-constants,raise-attention,flatten-grids")).run(vit).program
+    result = SparsifyAttention(recipe=recipe, min_speedup=0).run(raised)
+    assert len(result.refusals) == 2 and "learned from data" in result.refusals[0].why
+
+
+def test_slow_patterns_are_refused(vit: Program) -> None:
+    result = optimize(vit, recipe=MODELS["biformer"][1])
+    assert not result.changed
+    assert "is predicted for this attention" in result.report.refusals[0]["why"]
+    assert Routed(8, topk=4).lower(Layout(4097, 1, (64, 64), heads=12)).predicted > 4
+
+
+def test_flops_of_what_is_computed(vit: Program) -> None:
+    result = optimize(vit, recipe=Routed(4, topk=2), min_speedup=0)
+    node = next(n for n in result.program.graph.nodes if n.target is ops.routed_attention.default)
+    attention = 2 * (4 * 16 * (2 * 16 + 1) + 65) * (16 + 16)  # per head: 64 patches over 33 keys, the class over 65
+    routing = 2 * (65 + 65 + 4 * 4) * 16
+    assert node_flops(node) == 2 * (attention + routing)
+
+
+@pytest.mark.tensorrt
+@rtx
+@pytest.mark.parametrize("name", ["biformer", "dhsa"])
+def test_engines_are_built(name: str, request: pytest.FixtureRequest, tmp_path: Path) -> None:
+    program, recipe, data = small(name, request)
+    result = optimize(program, recipe=recipe, min_speedup=0, data=data)
+    engine = TensorRTRTX().build(result.program, tmp_path / "model.engine")
+    assert all(c.passed for c in engine.parity)
+
+
+@pytest.mark.parametrize("recipe", [BIFORMER, DHSA, SPARGE, VSA], ids=str)
+def test_recipes_are_data(recipe: AttentionRecipe) -> None:
+    assert recipes.get(recipe.to_dict()) == recipe
