@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable
 from dataclasses import replace
 from itertools import product
@@ -9,17 +10,18 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from tokenopt import Program, capture, optimize, recipes, runtimes
-from tokenopt.attention import AttentionRecipe, Layout, Pattern, Routed, parse
+from tokenopt.attention import AttentionRecipe, Layout, Pattern, Predicted, Routed, Sorted, parse
 from tokenopt.attention.pattern import Lowered, Refused
 from tokenopt.cost import node_flops
 from tokenopt.errors import UsageError
 from tokenopt.fitting import fit_patterns, needs_data
 from tokenopt.passes.sparsify_attention import SparsifyAttention
 from tokenopt.pipeline import Pipeline, parse_passes
-from tokenopt.recipes.attention import BIFORMER, DHSA, SPARGE, VSA
+from tokenopt.recipes.attention import BIFORMER, CATANET, DHSA, SPARGE, SPARSIFINER, VSA
 from tokenopt.runtimes.tensorrt import TensorRTRTX
 
 ops = torch.ops.tokenopt
@@ -187,12 +189,136 @@ def test_the_count_of_blocks_holds_the_share_of_the_attention() -> None:
     assert Routed(6, mass=1.0).fit(at, q, k)[0].topk == 8
 
 
+# -- chunks of tokens that are sorted by their nearest centre ----------------------------------------------------------
+
+
+def fitted(pattern: Pattern, layout: Layout, folder: Path, *tensors: Tensor, site: int = 3) -> Pattern:
+    found, weights = pattern.fit(layout, *tensors)
+    save_file({f"site{site}.{name}": value.contiguous() for name, value in weights.items()}, folder / "weights")
+    return replace(found, weights=str(folder / "weights"), site=site)
+
+
+def weights_of(pattern: Pattern) -> dict[str, Tensor]:
+    return {name.split(".")[1]: value for name, value in load_file(pattern.weights).items()}
+
+
+@pytest.mark.parametrize("chunk", [5, 6])  # with a short one at the end, and without
+@pytest.mark.parametrize("layout", GRIDS)
+def test_sorted_attention_is_the_papers(layout: str, chunk: int, tmp_path: Path) -> None:
+    at = GRIDS[layout]
+    q, k, v = operands(at)
+    pattern = fitted(Sorted(4, chunk=chunk), at, tmp_path, *operands(at, 8, seed=1)[:2])
+    centres = weights_of(pattern)["centres"]
+    lowered = pattern.lower(at)
+    out = torch.zeros_like(v)
+    grid = range(at.start, at.start + at.count)
+    for b in range(2):
+        nearest = {}
+        for i in grid:
+            token = torch.cat([k[b, h, i] for h in range(at.heads)])
+            nearest[i] = max(range(4), key=lambda c: float(torch.cosine_similarity(token, centres[c], dim=0)))
+        line = sorted(grid, key=lambda i: nearest[i])  # stable
+        chunks = [line[i : i + chunk] for i in range(0, len(line), chunk)]
+        chunks.append([])
+        for h, (number, members) in product(range(at.heads), enumerate(chunks[:-1])):
+            for i in members:
+                out[b, h, i] = over([*members, *chunks[number + 1], *at.others], q[b, h, i], k[b, h], v[b, h])
+        for h, i in product(range(at.heads), at.others):
+            out[b, h, i] = over(range(at.total), q[b, h, i], k[b, h], v[b, h])
+    close(call(lowered, q, k, v), out)
+    key_bias = torch.randn(2, at.total)
+    bias = call(replace(lowered, op=lowered.dense), q, k, v, key_bias=key_bias)
+    close(call(lowered, q, k, v, key_bias=key_bias), ops.attention(q, k, v, bias))
+    whole = pattern.whole(at, lowered)
+    close(call(whole, q, k, v, key_bias=key_bias), ops.attention(q, k, v, None, key_bias))
+
+
+def test_centres_are_those_of_groups(tmp_path: Path) -> None:
+    at = Layout(40, 0, (40,), heads=2, head_dim=8)
+    groups = torch.nn.functional.normalize(torch.randn(4, 16), dim=-1)
+    tokens = 3 * groups[torch.randint(4, (6, 40))] + 0.05 * torch.randn(6, 40, 16)
+    keys = tokens.unflatten(2, (2, 8)).transpose(1, 2)
+    _, weights = Sorted(4).fit(at, keys, keys)
+    cosines = torch.nn.functional.normalize(weights["centres"], dim=-1) @ groups.T
+    assert bool((cosines.amax(0) > 0.99).all())
+    with pytest.raises(UsageError, match="more data"):
+        Sorted(4).fit(at, keys[:0], keys[:0])
+
+
+# -- keys, by a prediction of the attention ----------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("tile", [1, 2])
+@pytest.mark.parametrize("layout", ["run", "grid"])
+def test_predicted_attention_is_the_papers(layout: str, tile: int, tmp_path: Path) -> None:
+    at = GRIDS[layout]
+    q, k, v = operands(at)
+    given = Predicted(6, keep=0.3, tile=tile, coefficients=3)
+    pattern = fitted(given, at, tmp_path, *operands(at, 2, seed=1)[:2])
+    learned = weights_of(pattern)
+    lowered = pattern.lower(at)
+    out, start = torch.zeros_like(v), at.start
+    few = math.ceil(0.3 * at.count)
+    for b, h in product(range(2), range(at.heads)):
+        small = k[b, h, start : start + at.count] @ learned["key_weight"]
+        for block in boxes(at, (tile,) * len(at.grid)):
+            approximate = torch.zeros(at.count)
+            for i in block:
+                logits = q[b, h, i] @ learned["query_weight"] @ small.T @ learned["project"] * at.heads**-0.5
+                coefficients = logits.softmax(0)
+                for number in coefficients.argsort(descending=True)[:3]:
+                    approximate += coefficients[number] * learned["basis"][number]
+            seen = [start + int(j) for j in approximate.argsort(descending=True)[:few]]
+            for i in block:
+                out[b, h, i] = over([*seen, *at.others], q[b, h, i], k[b, h], v[b, h])
+        for i in at.others:
+            out[b, h, i] = over(range(at.total), q[b, h, i], k[b, h], v[b, h])
+    close(call(lowered, q, k, v), out)
+    given = {"bias": torch.randn(at.total, at.total), "key_bias": torch.randn(2, at.total)}
+    bias = call(replace(lowered, op=lowered.dense), q, k, v, **given)
+    close(call(lowered, q, k, v, **given), ops.attention(q, k, v, bias))
+    close(call(pattern.whole(at, lowered), q, k, v, **given), ops.attention(q, k, v, given["bias"], given["key_bias"]))
+
+
+def test_a_prediction_learns_where_attention_goes() -> None:
+    """Attention that is local, and follows the content a little: fresh samples, against keys by chance."""
+    at = Layout(36, 0, (6, 6), heads=2, head_dim=16)
+    place = torch.nn.functional.normalize(torch.randn(36, 16), dim=-1) * 6
+    fresh = lambda seed: [place + x for x in operands(at, 16, seed)[:2]]  # noqa: E731
+    pattern = Predicted(12, keep=0.25, coefficients=4)
+    _, weights = pattern.fit(at, *fresh(1))
+    q, k = fresh(2)
+    table = torch.arange(36).unsqueeze(-1)
+    index = ops.predict_route(q, k, table, table, *weights.values(), topk=9, coefficients=4)
+    probabilities = (q @ k.mT / 4).softmax(-1)
+    assert probabilities.gather(-1, index).sum(-1).mean() > 0.6, "by chance it is a quarter"
+
+
+@pytest.mark.parametrize("pattern", [Sorted(4, chunk=8), Predicted(4, keep=0.3)])
+def test_weights_are_for_one_attention(pattern: Pattern, tmp_path: Path) -> None:
+    at = GRIDS["grid"]
+    found = fitted(pattern, at, tmp_path, *operands(at)[:2])
+    for layout, changed, why in (
+        (at, replace(found, site=4), "no weights for attention 4"),
+        (replace(at, head_dim=16), found, "features"),
+    ):
+        with pytest.raises(Refused, match=why):
+            changed.lower(layout)
+    (tmp_path / "weights").write_bytes(b"none")
+    with pytest.raises(UsageError, match="cannot be read"):
+        found.lower(at)
+
+
 @pytest.mark.parametrize(
     ("pattern", "layout", "why"),
     [
         (Routed((4, 4), topk=2), GRIDS["run"], "the grid has 1 axes"),
         (Routed(4, mass=0.5), GRIDS["run"], "learned from data"),
         (Routed(4, topk=2, first=2, local=1), GRIDS["run"], "first and local are 3 blocks"),
+        (Sorted(4), GRIDS["run"], "fitted on data"),
+        (Sorted(4, weights="w"), replace(GRIDS["run"], causal=True), "no order in time"),
+        (Predicted(4), GRIDS["run"], "fitted on data"),
+        (Predicted(4, weights="w"), replace(GRIDS["run"], causal=True), "does not know the past"),
     ],
 )
 def test_what_means_nothing_is_refused(pattern: Pattern, layout: Layout, why: str) -> None:
@@ -202,8 +328,9 @@ def test_what_means_nothing_is_refused(pattern: Pattern, layout: Layout, why: st
 
 
 @pytest.mark.parametrize(
-    "text", ["Routed(4)", "Routed(0, topk=1)", "Routed(4, topk=0)", "Routed(4, mass=2)", "Routed(4, 2, heads='all')"]
-)
+    "text", ["Routed(4)", "Routed(0, topk=1)", "Routed(4, topk=0)", "Routed(4, mass=2)", "Routed(4, 2, heads='all')",
+             "Sorted(0)", "Predicted(keep=0)", "Predicted(0)"]
+)  # fmt: skip
 def test_what_is_no_pattern_is_an_error(text: str) -> None:
     with pytest.raises(UsageError):
         parse(text)
@@ -254,6 +381,8 @@ def images(batch: int, seed: int = 0) -> Tensor:
 MODELS = {
     "biformer": ("vit", BIFORMER.with_settings({"block": 3, "topk": 2})),
     "sparge": ("vit", SPARGE.with_settings({"block": 16, "key_block": 8, "mass": 0.5})),
+    "catanet": ("vit", CATANET.with_settings({"centres": 8, "chunk": 10})),
+    "sparsifiner": ("vit", SPARSIFINER.with_settings({"rank": 8})),
     "dhsa": ("decoder", DHSA.with_settings({"block": 8, "key_block": 4, "topk": 5, "first": 1})),
 }
 
@@ -316,7 +445,7 @@ def test_flops_of_what_is_computed(vit: Program) -> None:
 
 @pytest.mark.tensorrt
 @rtx
-@pytest.mark.parametrize("name", ["biformer", "dhsa"])
+@pytest.mark.parametrize("name", ["dhsa", "catanet", "sparsifiner"])
 def test_engines_are_built(name: str, request: pytest.FixtureRequest, tmp_path: Path) -> None:
     program, recipe, data = small(name, request)
     result = optimize(program, recipe=recipe, min_speedup=0, data=data)
@@ -324,6 +453,6 @@ def test_engines_are_built(name: str, request: pytest.FixtureRequest, tmp_path: 
     assert all(c.passed for c in engine.parity)
 
 
-@pytest.mark.parametrize("recipe", [BIFORMER, DHSA, SPARGE, VSA], ids=str)
+@pytest.mark.parametrize("recipe", [BIFORMER, CATANET, DHSA, SPARGE, SPARSIFINER, VSA], ids=str)
 def test_recipes_are_data(recipe: AttentionRecipe) -> None:
     assert recipes.get(recipe.to_dict()) == recipe

@@ -94,6 +94,18 @@ def _routed(node: fx.Node, shape: Shapes) -> float:
     return _listed(node, shape, node.kwargs["topk"]) + 2.0 * (pooled + scores)
 
 
+def _predicted(node: fx.Node, shape: Shapes) -> float:
+    query, (tiles, size), (keys, _) = (shape(node.args[i]) for i in (0, 3, 4))
+    (inner, small), (_, rank) = shape(node.args[7]), shape(node.args[9])
+    low = (tiles * size + keys) * inner * small + keys * small * rank + tiles * (size * small + keys) * rank
+    return _listed(node, shape, node.kwargs["topk"]) + 2.0 * query[0] * query[1] * low
+
+
+def _sorted(node: fx.Node, shape: Shapes) -> float:
+    count = node.kwargs["stop"] - node.kwargs["start"]
+    return _tiles(node, shape) + 2.0 * shape(node.args[0])[0] * count * prod(shape(node.args[7]))
+
+
 def _probe(node: fx.Node, shape: Shapes) -> float:
     key = shape(node.args[1])
     return 2.0 * prod(key) * node.args[5]
@@ -199,6 +211,8 @@ def _ours() -> dict[Any, Callable[[fx.Node, Shapes], float]]:
         ops.neighborhood_attention.default: _tiles,
         ops.block_sparse_attention.default: _block_sparse,
         ops.routed_attention.default: _routed,
+        ops.predicted_attention.default: _predicted,
+        ops.sorted_attention.default: _sorted,
         ops.attention_probe.default: _probe,
         ops.match_bipartite.default: _match,
         ops.merge_tokens.default: _merge,

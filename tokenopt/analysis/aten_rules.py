@@ -437,7 +437,8 @@ def attention(axes: Axes, node: fx.Node) -> Dims:
 
 
 @axis_rule(
-    "tokenopt.tiled_attention tokenopt.neighborhood_attention tokenopt.routed_attention tokenopt.block_sparse_attention"
+    "tokenopt.tiled_attention tokenopt.neighborhood_attention tokenopt.block_sparse_attention "
+    "tokenopt.routed_attention tokenopt.predicted_attention tokenopt.sorted_attention"
 )
 def patterned(axes: Axes, node: fx.Node) -> Dims:
     """Attention whose tables name positions: every token has to be where it was."""

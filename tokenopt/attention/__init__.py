@@ -1,6 +1,7 @@
 """Attention patterns: what each query may see, on a grid, whatever kernel computes it."""
 
 from tokenopt.attention.layout import Layout, Tokens
+from tokenopt.attention.learned import Predicted, Sorted
 from tokenopt.attention.masks import Band, BlockMap, Concentric, Full, Global, Neighborhood, Nothing, Stripe
 from tokenopt.attention.pattern import Mask, On, Pattern, PerHead, Permuted, on, parse, per_head, permuted
 from tokenopt.attention.recipe import AttentionRecipe
@@ -8,5 +9,6 @@ from tokenopt.attention.routed import Routed
 
 __all__ = [
     "AttentionRecipe", "Band", "BlockMap", "Concentric", "Full", "Global", "Layout", "Mask", "Neighborhood", "Nothing",
-    "On", "Pattern", "PerHead", "Permuted", "Routed", "Stripe", "Tokens", "on", "parse", "per_head", "permuted",
+    "On", "Pattern", "PerHead", "Permuted", "Predicted", "Routed", "Sorted", "Stripe", "Tokens", "on", "parse",
+    "per_head", "permuted",
 ]  # fmt: skip

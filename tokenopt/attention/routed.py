@@ -145,12 +145,10 @@ class Blocks:
         """The blocks of given sizes."""
         queries, keys = (_table(layout, each(size, len(layout.grid))) for size in (block, key_block))
         local = max(local, 1) if layout.causal else local
-        (low, high), (key_low, key_high) = _extent(layout, queries), _extent(layout, keys)
-        sizes = torch.tensor(each(key_block, len(layout.grid)))
-        gap = torch.maximum(key_low - high[:, None], low[:, None] - key_high).clamp(min=0)
-        away = ((gap + sizes - 1) // sizes).amax(-1)  # blocks of keys between, and 1
         forced = torch.zeros(len(queries), len(keys))
-        forced[(away < local) | (torch.arange(len(keys)) < first)] = _FORCED
+        forced[:, :first] = _FORCED
+        if local:
+            forced[_away(layout, queries, keys, each(key_block, len(layout.grid))) < local] = _FORCED
         if layout.causal:
             earliest = keys.masked_fill(keys < 0, layout.total).amin(-1)
             forced[earliest > queries.amax(-1, keepdim=True)] = float("-inf")
@@ -183,6 +181,13 @@ def _table(layout: Layout, size: Sequence[int]) -> Tensor:
     short = torch.zeros_like(tiles, dtype=torch.bool)
     short[:, 1:] = tiles[:, 1:] == tiles[:, :-1]
     return (tiles + layout.start).masked_fill(short, -1)
+
+
+def _away(layout: Layout, queries: Tensor, keys: Tensor, size: Sequence[int]) -> Tensor:
+    """[T, S]: how many blocks of keys each is away from each block of queries, along the axis where it is most."""
+    (low, high), (key_low, key_high) = _extent(layout, queries), _extent(layout, keys)
+    gap = torch.maximum(key_low - high[:, None], low[:, None] - key_high).clamp(min=0)
+    return ((gap + torch.tensor(size) - 1) // torch.tensor(size)).amax(-1)
 
 
 def _extent(layout: Layout, table: Tensor) -> tuple[Tensor, Tensor]:

@@ -35,8 +35,8 @@ def references() -> dict[Any, Callable[..., Any]]:
 
 def attentions() -> set[Any]:
     """The operations that are attention of (query, key, value, ...): dense, and every pattern's."""
-    names = ("attention", "tiled_attention", "neighborhood_attention", "routed_attention", "block_sparse_attention")
-    return {getattr(torch.ops.tokenopt, name).default for name in names}
+    names = ("", "tiled_", "neighborhood_", "block_sparse_", "routed_", "predicted_", "sorted_")
+    return {getattr(torch.ops.tokenopt, f"{name}attention").default for name in names}
 
 
 from tokenopt.ops import attention, mix, routed, score, select, tiles, tokens  # noqa: E402, F401  (they register themselves)

@@ -1,8 +1,8 @@
 """Attention whose pattern depends on its content: which keys a query sees is computed from queries and keys.
 
 All shapes are constant: every query sees a fixed number of blocks of keys, or of keys. The tables of blocks name
-positions in the sequence, and -1 where a block is shorter than the others. An attention ``f`` has a reference ``f_bias``
-with the same arguments: the bias under which dense attention equals it.
+positions in the sequence, and -1 where a block is shorter than the others. An attention ``f`` has a reference
+``f_bias`` with the same arguments: the bias under which dense attention equals it.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from torch import Tensor
 
 from tokenopt.ops import op
 from tokenopt.ops.attention import attention, joined_bias
-from tokenopt.ops.tiles import attend
+from tokenopt.ops.tiles import attend, tiled_attention
 
 _INPUTS = "Tensor query, Tensor key, Tensor value, "
 _TABLES = "Tensor queries, Tensor keys, Tensor order, Tensor rows, "
@@ -163,6 +163,208 @@ def routed_attention_bias(
     """
     index = block_route(query, key, queries, keys, forced, topk=topk, heads=heads, pool=pool)
     return _dense_bias(query, index, queries, keys, rows, joined_bias(bias, key_bias, query.dtype), causal)
+
+
+# -- keys, by a prediction ---------------------------------------------------------------------------------------------
+
+
+_PREDICTED = (
+    f"({_INPUTS}{_TABLES}Tensor query_weight, Tensor key_weight, Tensor project, Tensor basis, {_BIAS}*, int topk, "
+    "int coefficients, float? scale=None) -> Tensor"
+)
+
+
+@op(
+    "(Tensor query, Tensor key, Tensor queries, Tensor keys, Tensor query_weight, Tensor key_weight, Tensor project, "
+    "Tensor basis, *, int topk, int coefficients) -> Tensor"
+)
+def predict_route(
+    query: Tensor,
+    key: Tensor,
+    queries: Tensor,
+    keys: Tensor,
+    query_weight: Tensor,
+    key_weight: Tensor,
+    project: Tensor,
+    basis: Tensor,
+    *,
+    topk: int,
+    coefficients: int,
+) -> Tensor:
+    """The keys that a predicted attention of low rank gives most to, summed over each block of queries.
+
+    Shapes:  query, key [B, H, N, D] · queries int64 [T, Q] · keys int64 [S, 1] · query_weight, key_weight [D, P] ·
+             project [S, R] · basis [R, S], not negative  ->  int64 [B, H, T, topk], best first
+    Args:    coefficients: of so many rows of the basis, the largest, a query's attention is the sum.
+    Source:  Wei et al., Sparsifiner, arXiv:2303.13755, sec. 3.2: coefficients softmax(s (q W_q) (k W_k)^T P), their
+             largest, times a basis; s is H ** -0.5 as in the authors' code.
+    """
+    q, k = _blocks(query, queries).flatten(2, 3) @ query_weight, key.index_select(2, keys[:, 0]) @ key_weight
+    weights = (q @ (k.transpose(-2, -1) @ project) * query.shape[1] ** -0.5).softmax(-1)
+    least = weights.topk(coefficients, -1).values[..., -1:]
+    weights = torch.where(weights >= least, weights, 0.0).unflatten(2, queries.shape)
+    of_block = (weights * (queries >= 0).to(weights.dtype).unsqueeze(-1)).sum(3)
+    return (of_block @ basis).topk(topk, -1).indices
+
+
+@op(_PREDICTED)
+def predicted_attention(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    queries: Tensor,
+    keys: Tensor,
+    order: Tensor,
+    rows: Tensor,
+    query_weight: Tensor,
+    key_weight: Tensor,
+    project: Tensor,
+    basis: Tensor,
+    bias: Tensor | None = None,
+    key_bias: Tensor | None = None,
+    *,
+    topk: int,
+    coefficients: int,
+    scale: float | None = None,
+) -> Tensor:
+    """`block_sparse_attention` over the keys that `predict_route` chooses; it does not look at a bias.
+
+    Shapes:  as of those two
+    Equals:  attention(query, key, value, bias) where topk is the number of keys in blocks.
+    """
+    ops = torch.ops.tokenopt
+    learned = query_weight, key_weight, project, basis
+    index = ops.predict_route(query, key, queries, keys, *learned, topk=topk, coefficients=coefficients)
+    return ops.block_sparse_attention(query, key, value, index, queries, keys, order, rows, bias, key_bias, scale=scale)
+
+
+@op(_PREDICTED)
+def predicted_attention_bias(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    queries: Tensor,
+    keys: Tensor,
+    order: Tensor,
+    rows: Tensor,
+    query_weight: Tensor,
+    key_weight: Tensor,
+    project: Tensor,
+    basis: Tensor,
+    bias: Tensor | None = None,
+    key_bias: Tensor | None = None,
+    *,
+    topk: int,
+    coefficients: int,
+    scale: float | None = None,
+) -> Tensor:
+    """The bias under which dense attention equals `predicted_attention`: a check.
+
+    Shapes:  as `predicted_attention`  ->  additive [B, H, N, N]
+    """
+    learned = query_weight, key_weight, project, basis
+    index = predict_route(query, key, queries, keys, *learned, topk=topk, coefficients=coefficients)
+    return _dense_bias(query, index, queries, keys, rows, joined_bias(bias, key_bias, query.dtype), False)
+
+
+# -- chunks of sorted tokens -------------------------------------------------------------------------------------------
+
+
+_SORTED = (
+    f"({_INPUTS}{_TABLES}Tensor centres, Tensor? mask=None, Tensor? key_bias=None, *, int start, int stop, int chunk, "
+    "float? scale=None) -> Tensor"
+)
+
+
+@op("(Tensor key, Tensor centres, int start, int stop) -> Tensor")
+def sorted_places(key: Tensor, centres: Tensor, start: int, stop: int) -> Tensor:
+    """Where each token goes if those in [start, stop) are sorted by the centre nearest to their key; ties keep order.
+
+    Shapes:  key [B, H, N, D] · centres [m, H D], of unit length  ->  int64 [B, N]
+    Source:  Liu et al., CATANet, arXiv:2503.06896, eq. 3 and 4.
+    """
+    tokens = key[:, :, start:stop].transpose(1, 2).flatten(2)
+    nearest = (tokens @ centres.T).argmax(-1, keepdim=True)  # by cosine: the length of a key changes no order
+    member = (nearest == torch.arange(centres.shape[0], device=key.device)).float()  # [B, n, m]
+    among, sizes = member.cumsum(1), member.sum(1, keepdim=True)
+    before = sizes.cumsum(2) - sizes
+    places = (member * (among + before)).sum(-1).long() - 1 + start
+    every = torch.arange(key.shape[2], device=key.device).expand(key.shape[0], -1)
+    return torch.cat([every[:, :start], places, every[:, stop:]], 1)
+
+
+@op(_SORTED)
+def sorted_attention(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    queries: Tensor,
+    keys: Tensor,
+    order: Tensor,
+    rows: Tensor,
+    centres: Tensor,
+    mask: Tensor | None = None,
+    key_bias: Tensor | None = None,
+    *,
+    start: int,
+    stop: int,
+    chunk: int,
+    scale: float | None = None,
+) -> Tensor:
+    """`tiled_attention` of tokens that are sorted by their nearest centre: each chunk sees itself and the next.
+
+    Shapes:  as `tiled_attention`, whose tables are for the sorted tokens · centres [m, H D], of unit length
+    Args:    start, stop: the tokens that are sorted; the others stay, see all and are seen by all.
+             chunk: tokens per chunk; it says what the tables say.
+    Equals:  attention(query, key, value) where all are one chunk.
+    """
+    places = torch.ops.tokenopt.sorted_places(key, centres, start, stop)
+    every = torch.arange(key.shape[2], device=key.device).expand_as(places)
+    token = torch.zeros_like(places).scatter(1, places, every)
+    q, k, v = (_moved(x, token) for x in (query, key, value))
+    key_bias = None if key_bias is None else key_bias.gather(1, token)
+    out = tiled_attention(q, k, v, queries, keys, order, rows, mask, None, None, key_bias, scale=scale)
+    return _moved(out, places)
+
+
+def _moved(x: Tensor, index: Tensor) -> Tensor:
+    """Reads tokens of all heads by a per-sample index: [B, H, N, D], int64 [B, N] -> [B, H, N, D]."""
+    moved = torch.ops.tokenopt.take_tokens(x.transpose(1, 2).flatten(2), index)
+    return moved.unflatten(2, (x.shape[1], -1)).transpose(1, 2)
+
+
+@op(_SORTED)
+def sorted_attention_bias(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    queries: Tensor,
+    keys: Tensor,
+    order: Tensor,
+    rows: Tensor,
+    centres: Tensor,
+    mask: Tensor | None = None,
+    key_bias: Tensor | None = None,
+    *,
+    start: int,
+    stop: int,
+    chunk: int,
+    scale: float | None = None,
+) -> Tensor:
+    """The bias under which dense attention equals `sorted_attention`: a check.
+
+    Shapes:  as `sorted_attention`  ->  additive [B, 1, N, N]
+    """
+    number = (sorted_places(key, centres, start, stop) - start) // chunk
+    ahead = number.unsqueeze(1) - number.unsqueeze(2)
+    position = torch.arange(key.shape[2], device=key.device)
+    other = (position < start) | (position >= stop)
+    seen = (ahead == 0) | (ahead == 1) | other | other.unsqueeze(-1)
+    bias = query.new_zeros(()) if key_bias is None else joined_bias(None, key_bias, query.dtype)
+    return torch.where(seen.unsqueeze(1), bias, float("-inf"))
+
+
+# -- tables of blocks --------------------------------------------------------------------------------------------------
 
 
 def _pooled(x: Tensor, blocks: Tensor, pool: str) -> Tensor:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from tokenopt.attention import AttentionRecipe, Neighborhood, Routed
+from tokenopt.attention import AttentionRecipe, Neighborhood, Predicted, Routed, Sorted
 
 NAT = AttentionRecipe(
     name="nat",
@@ -18,6 +18,13 @@ BIFORMER = AttentionRecipe(
     pattern=Routed(7, topk=4),
 )
 
+CATANET = AttentionRecipe(
+    name="catanet",
+    summary="tokens sorted by the nearest of 64 centres, that data gives, see their chunk of 64 and the next",
+    paper="Liu et al., CATANet: Efficient Content-Aware Token Aggregation, CVPR 2025, arXiv:2503.06896",
+    pattern=Sorted(64, chunk=64),
+)
+
 DHSA = AttentionRecipe(
     name="dhsa",
     summary="blocks of 128 tokens see themselves, the first 4 chunks of 32 and those most like them, 32 in all",
@@ -30,6 +37,13 @@ SPARGE = AttentionRecipe(
     summary="blocks of 128 tokens see the blocks of 64 that hold 90 % of the attention, as counted on data, per head",
     paper="Zhang et al., SpargeAttention, ICML 2025, arXiv:2502.18137",
     pattern=Routed(128, mass=0.9, key_block=64, heads="each", flat=True),
+)
+
+SPARSIFINER = AttentionRecipe(
+    name="sparsifiner",
+    summary="tiles of 4 x 4 see the quarter of the keys that a low-rank prediction, distilled on data, gives most to",
+    paper="Wei et al., Sparsifiner: Learning Sparse Instance-Dependent Attention, CVPR 2023, arXiv:2303.13755",
+    pattern=Predicted(32, keep=0.25, tile=4),
 )
 
 VSA = AttentionRecipe(
