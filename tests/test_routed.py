@@ -22,6 +22,7 @@ from tokenopt.fitting import fit_patterns, needs_data
 from tokenopt.passes.sparsify_attention import SparsifyAttention
 from tokenopt.pipeline import Pipeline, parse_passes
 from tokenopt.recipes.attention import BIFORMER, CATANET, DHSA, SPARGE, SPARSIFINER, VSA
+from tokenopt.runtimes.base import Engine
 from tokenopt.runtimes.tensorrt import TensorRTRTX
 
 ops = torch.ops.tokenopt
@@ -394,18 +395,15 @@ def small(name: str, request: pytest.FixtureRequest) -> tuple[Program, Attention
 
 @pytest.mark.parametrize("name", MODELS)
 def test_every_attention_of_a_model(name: str, request: pytest.FixtureRequest, tmp_path: Path) -> None:
-    """The identity and the pattern's own mask are checked by `optimize`; so is ONNX Runtime."""
+    """The identity and the pattern's own mask are checked by `optimize`."""
     program, recipe, data = small(name, request)
     result = optimize(program, recipe=recipe, min_speedup=0, data=data, weights=tmp_path / "weights.safetensors")
     checks = {row["check"] for row in result.report.parity}
     assert {"identity", "pattern"} <= checks
     assert all(row["passed"] for row in result.report.parity)
     assert [row["refusal"] for row in result.report.patterns] == [None, None]
-    inputs = result.program.random_inputs(2)[0]
+    inputs = program.random_inputs(2)[0]
     assert not torch.allclose(result.program.flat(*inputs)[0], program.flat(*inputs)[0], atol=1e-3)
-    engine = runtimes.get("onnxruntime").build(result.program, tmp_path / "model.onnx")
-    assert all(c.passed for c in engine.parity)
-    close(engine(*inputs)[0], result.program.flat(*inputs)[0])
 
 
 def test_a_plain_causal_mask_is_not_carried_along(decoder: Program) -> None:
@@ -443,13 +441,47 @@ def test_flops_of_what_is_computed(vit: Program) -> None:
     assert node_flops(node) == 2 * (attention + routing)
 
 
+# -- runtimes ----------------------------------------------------------------------------------------------------------
+
+
+class Each(nn.Module):
+    """All patterns on the same queries, keys and values; one is causal, and one has a bias."""
+
+    def __init__(self, folder: Path) -> None:
+        super().__init__()
+        at, (query, key, _) = GRIDS["grid"], operands(GRIDS["grid"])
+        causal = replace(at, causal=True)
+        self.calls = [ROUTED["biformer"].lower(at), ROUTED["dhsa"].lower(causal)]
+        for pattern in (Sorted(4, chunk=8), Predicted(4, keep=0.3, tile=2)):
+            self.calls.append(fitted(pattern, at, folder, query, key).lower(at))
+        self.bias = nn.Buffer(torch.randn(2, 33, 33))
+
+    def forward(self, query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, ...]:
+        biased = call(self.calls[0], query, key, value, bias=self.bias)
+        return biased, *(call(lowered, query, key, value) for lowered in self.calls[1:])
+
+
+@pytest.fixture(scope="module")
+def each(tmp_path_factory: pytest.TempPathFactory) -> Program:
+    return capture(Each(tmp_path_factory.mktemp("weights")), operands(GRIDS["grid"]))
+
+
+@pytest.fixture(scope="module")
+def exported(each: Program, tmp_path_factory: pytest.TempPathFactory) -> Engine:
+    return runtimes.get("onnx").build(each, tmp_path_factory.mktemp("onnx") / "model.onnx")
+
+
+def test_onnx_runtime_computes_the_same(each: Program, exported: Engine) -> None:
+    assert all(c.passed for c in exported.parity)
+    inputs = operands(GRIDS["grid"], 3, seed=5)
+    for found, expected in zip(exported(*inputs), each.flat(*inputs), strict=True):
+        close(found, expected)
+
+
 @pytest.mark.tensorrt
 @rtx
-@pytest.mark.parametrize("name", ["dhsa", "catanet", "sparsifiner"])
-def test_engines_are_built(name: str, request: pytest.FixtureRequest, tmp_path: Path) -> None:
-    program, recipe, data = small(name, request)
-    result = optimize(program, recipe=recipe, min_speedup=0, data=data)
-    engine = TensorRTRTX().build(result.program, tmp_path / "model.engine")
+def test_an_engine_is_built(each: Program, exported: Engine, tmp_path: Path) -> None:
+    engine = TensorRTRTX().build(each, tmp_path / "model.engine", source=exported)
     assert all(c.passed for c in engine.parity)
 
 
