@@ -1,9 +1,10 @@
 // Neighbourhood attention in float32, with NATTEN's windows (Hassani et al., arXiv:2204.07143; GNA, arXiv:2504.16922).
 //
 // Tokens are cut into tasks: one head, one dilation group, a run of queries on the last axis, a tile of the other axes.
-// A task copies the keys of its run as panels [line][block][dim][LANES], so that the scores of a query with LANES
-// neighbouring keys are one vector and a block of queries shares each load; values as [line][key][dim]. Then, for every
-// line of queries: scores, softmax and weighted sum over the lines of its window, in buffers that stay in the cache.
+// A task walks along the first axis and keeps the keys and values of one window of lines: keys as panels
+// [line][block][dim][LANES], so that the scores of a query with LANES neighbouring keys are one vector and a block of
+// queries shares each load; values as [line][key][dim]. For every line of queries it computes scores, softmax and
+// weighted sum, in buffers that stay in the cache.
 //
 // Written with the vector extensions of GCC and Clang: the same source for AVX-512, AVX2, SSE and NEON.
 
@@ -58,6 +59,60 @@ inline Ints lanes() {
     Ints x;
     for (int i = 0; i < LANES; ++i) x[i] = i;
     return x;
+}
+
+#if defined(__AVX512F__)
+#define LOW 0, 16, 1, 17, 2, 18, 3, 19, 4, 20, 5, 21, 6, 22, 7, 23
+#define HIGH 8, 24, 9, 25, 10, 26, 11, 27, 12, 28, 13, 29, 14, 30, 15, 31
+#elif defined(__AVX__)
+#define LOW 0, 8, 1, 9, 2, 10, 3, 11
+#define HIGH 4, 12, 5, 13, 6, 14, 7, 15
+#else
+#define LOW 0, 4, 1, 5
+#define HIGH 2, 6, 3, 7
+#endif
+
+// The two halves of a0 b0 a1 b1 ...
+#ifdef __clang__
+inline Floats zip_low(Floats a, Floats b) { return __builtin_shufflevector(a, b, LOW); }
+inline Floats zip_high(Floats a, Floats b) { return __builtin_shufflevector(a, b, HIGH); }
+#else
+inline Floats zip_low(Floats a, Floats b) { return __builtin_shuffle(a, b, Ints{LOW}); }
+inline Floats zip_high(Floats a, Floats b) { return __builtin_shuffle(a, b, Ints{HIGH}); }
+#endif
+
+// An initialiser would be a call of memset, and keep the sums out of registers until then.
+template <int Q, int N>
+inline void clear(Floats (&x)[Q][N]) {
+    for (auto& row : x)
+        for (Floats& y : row) y = Floats{};
+}
+
+inline Floats max(Floats a, Floats b) { return a > b ? a : b; }
+
+// Into every lane.
+inline Floats max_of_lanes(Floats x) {
+    for (int i = 1; i < LANES; i *= 2) x = max(zip_low(x, x), zip_high(x, x));
+    return x;
+}
+
+inline float sum_of_lanes(Floats x) {
+    for (int i = 1; i < LANES; i *= 2) x = zip_low(x, x) + zip_high(x, x);
+    return x[0];
+}
+
+// A transposition is log2(LANES) perfect shuffles of the rows.
+inline void transpose(Floats (&x)[LANES]) {
+    for (int step = 1; step < LANES; step *= 2) {
+        Floats y[LANES];
+#pragma GCC unroll 8
+        for (int i = 0; i < LANES / 2; ++i) {
+            y[2 * i] = zip_low(x[i], x[i + LANES / 2]);
+            y[2 * i + 1] = zip_high(x[i], x[i + LANES / 2]);
+        }
+#pragma GCC unroll 16
+        for (int i = 0; i < LANES; ++i) x[i] = y[i];
+    }
 }
 
 inline int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
@@ -118,49 +173,11 @@ extern "C" struct Problem {
 
 namespace {
 
+inline void prefetch(const float* row, int64_t count) {
+    for (int64_t i = 0; i < count; i += 16) __builtin_prefetch(row + i);
+}
+
 // rows[LANES] of dim floats -> out [dim][LANES]
-#if defined(__has_builtin)
-#if __has_builtin(__builtin_shufflevector)
-#define SHUFFLE
-#endif
-#endif
-
-#ifdef SHUFFLE
-#if defined(__AVX512F__)
-#define LOW 0, 16, 1, 17, 2, 18, 3, 19, 4, 20, 5, 21, 6, 22, 7, 23
-#define HIGH 8, 24, 9, 25, 10, 26, 11, 27, 12, 28, 13, 29, 14, 30, 15, 31
-#elif defined(__AVX__)
-#define LOW 0, 8, 1, 9, 2, 10, 3, 11
-#define HIGH 4, 12, 5, 13, 6, 14, 7, 15
-#else
-#define LOW 0, 4, 1, 5
-#define HIGH 2, 6, 3, 7
-#endif
-// A transposition is log2(LANES) perfect shuffles of the rows.
-inline void transpose(Floats (&x)[LANES]) {
-#pragma GCC unroll 4
-    for (int step = 1; step < LANES; step *= 2) {
-        Floats y[LANES];
-#pragma GCC unroll 8
-        for (int i = 0; i < LANES / 2; ++i) {
-            y[2 * i] = __builtin_shufflevector(x[i], x[i + LANES / 2], LOW);
-            y[2 * i + 1] = __builtin_shufflevector(x[i], x[i + LANES / 2], HIGH);
-        }
-#pragma GCC unroll 16
-        for (int i = 0; i < LANES; ++i) x[i] = y[i];
-    }
-}
-#else
-inline void transpose(Floats (&x)[LANES]) {
-    for (int i = 0; i < LANES; ++i)
-        for (int j = 0; j < i; ++j) {
-            float swap = x[i][j];
-            x[i][j] = x[j][i];
-            x[j][i] = swap;
-        }
-}
-#endif
-
 void pack_keys(const float* const* rows, int64_t dim, float* out) {
     for (int64_t d = 0; d < dim; d += LANES) {
         Floats x[LANES];
@@ -179,7 +196,8 @@ void pack_keys(const float* const* rows, int64_t dim, float* out) {
 // query [Q][dim], N panels [dim][LANES] -> scores [Q][N * LANES], rows `pitch` apart
 template <int Q, int N>
 void score(const float* query, const float* const* panels, int64_t dim, float* scores, int64_t pitch) {
-    Floats sum[Q][N] = {};
+    Floats sum[Q][N];
+    clear(sum);
     for (int64_t d = 0; d < dim; ++d) {
         Floats key[N];
         for (int n = 0; n < N; ++n) key[n] = load(panels[n] + d * LANES);
@@ -216,7 +234,8 @@ struct Sums {
 // out[q][...] += weights[q][key] * value[key][...], over keys [first, last) of every line and all extra keys
 template <int Q, int C>
 void weigh(const Sums& s, int64_t column, const float* factor, float* const* out, int64_t value_dim) {
-    Floats sum[Q][C] = {};
+    Floats sum[Q][C];
+    clear(sum);
     auto add = [&](const float* weight, const float* value) {
         Floats v[C];
         for (int c = 0; c < C; ++c) v[c] = load(value + c * LANES);
@@ -286,7 +305,8 @@ struct Plan {
         }
     }
 
-    int64_t key_lines() const { return axes[0].span(tile[0]) * axes[1].span(tile[1]); }
+    // A window of the first axis, and all that a tile sees of the second.
+    int64_t key_lines() const { return axes[0].window * axes[1].span(tile[1]); }
 
     void choose_tiles() {
         for (int a = 0; a < 2; ++a) tile[a] = axes[a].members(0);
@@ -294,10 +314,10 @@ struct Plan {
         for (;;) {
             for (int a = 0; a < 2; ++a) tiles[a] = ceil_div(axes[a].members(0), tile[a]);
             tasks = p.batch * p.heads * groups[0] * groups[1] * groups[2] * runs * tiles[0] * tiles[1];
-            int axis = tile[0] == 1 || (tile[1] > 1 && tile[1] * axes[0].window > tile[0] * axes[1].window);
-            bool large = key_lines() * bytes > CACHE && tile[axis] >= 2 * axes[axis].window;
-            bool few = p.threads > 1 && tasks < 4 * p.threads && tile[axis] > 1;
+            bool large = key_lines() * bytes > CACHE && tile[1] >= 2 * axes[1].window;
+            bool few = p.threads > 1 && tasks < 4 * p.threads && tile[0] * tile[1] > 1;
             if (!large && !few) break;
+            int axis = large || tile[0] == 1 || (tile[1] > 1 && tile[1] * axes[0].window > tile[0] * axes[1].window);
             tile[axis] = ceil_div(tile[axis], 2);
         }
         lines = key_lines();
@@ -384,7 +404,7 @@ struct Task {
             if (bias) x += load(biases);
             x = (lane >= (int32_t)from) & (lane < (int32_t)to) ? x : fill(none);
             store(at, x);
-            top = top > x ? top : x;
+            top = max(top, x);
         };
         for (int64_t b = 0; b < plan.blocks; ++b)
             for (int64_t i = 0; i < window; ++i)
@@ -392,17 +412,14 @@ struct Task {
                       last - b * LANES);
         for (int64_t b = 0; b < plan.extra_blocks; ++b)
             visit(extra + b * LANES, w.extra_bias + b * LANES, 0, plan.extra - b * LANES);
-        float largest = none;
-        for (int i = 0; i < LANES; ++i) largest = std::max(largest, top[i]);
+        top = max_of_lanes(top);
         Floats sums = {};
         for (float* at = row; at < extra + plan.extra_blocks * LANES; at += LANES) {
-            Floats x = exp2(load(at) - largest);
+            Floats x = exp2(load(at) - top);
             store(at, x);
             sums += x;
         }
-        float sum = 0;
-        for (int i = 0; i < LANES; ++i) sum += sums[i];
-        return 1 / sum;
+        return 1 / sum_of_lanes(sums);
     }
 
     void run(int64_t index) {
@@ -434,13 +451,6 @@ struct Task {
             low[a] = plan.axes[a].first(begin[a], n[a]);
             high[a] = plan.axes[a].last(end[a] - 1, n[a]);
         }
-        const int64_t line = plan.blocks * LANES;
-        for (int64_t i = low[0], at = 0; i < high[0]; ++i)
-            for (int64_t j = low[1]; j < high[1]; ++j, ++at) {
-                int64_t from = p.start + place(i, j, low[2]), step = p.dilation[2];
-                pack(high[2] - low[2], [=](int64_t k) { return from + k * step; }, w.keys + at * line * p.dim,
-                     w.values + at * line * plan.width, w.bias + at * line);
-            }
         pack(plan.extra, [&](int64_t k) { return k < p.start ? k : k + plan.grid; }, w.extra_keys, w.extra_values,
              w.extra_bias);
 
@@ -450,17 +460,44 @@ struct Task {
             first[q] = plan.axes[2].first(begin[2] + q, n[2]) - low[2];
             last[q] = plan.axes[2].last(begin[2] + q, n[2]) - low[2];
         }
-        for (int64_t i = begin[0]; i < end[0]; ++i)
-            for (int64_t j = begin[1]; j < end[1]; ++j) attend(i, j, begin[2], count, low, high[1] - low[1], first, last, out);
+        int64_t next = low[0];
+        for (int64_t i = begin[0]; i < end[0]; ++i) {
+            const int64_t until = plan.axes[0].last(i, n[0]);
+            for (next = std::max(next, plan.axes[0].first(i, n[0])); next < until; ++next)
+                for (int64_t j = low[1]; j < high[1]; ++j) pack_line(next, j, low, high);
+            for (int64_t j = low[1]; next < high[0] && j < high[1]; ++j) prefetch_line(next, j, low, high);
+            for (int64_t j = begin[1]; j < end[1]; ++j) attend(i, j, begin[2], count, low, high, first, last, out);
+        }
     }
 
-    void attend(int64_t i, int64_t j, int64_t k, int64_t count, const int64_t* low, int64_t line_row,
+    // Where the buffers have a line of keys: the first axis goes round.
+    int64_t slot(int64_t i, int64_t j, const int64_t* low, const int64_t* high) const {
+        return i % plan.axes[0].window * (high[1] - low[1]) + j - low[1];
+    }
+
+    void pack_line(int64_t i, int64_t j, const int64_t* low, const int64_t* high) {
+        const int64_t from = p.start + place(i, j, low[2]), step = p.dilation[2];
+        const int64_t at = slot(i, j, low, high) * plan.blocks * LANES;
+        pack(high[2] - low[2], [=](int64_t k) { return from + k * step; }, w.keys + at * p.dim,
+             w.values + at * plan.width, w.bias + at);
+    }
+
+    // Rows of one head are far apart, and the next ones are wanted only after a line of queries.
+    void prefetch_line(int64_t i, int64_t j, const int64_t* low, const int64_t* high) const {
+        const int64_t from = p.start + place(i, j, low[2]), step = p.dilation[2];
+        for (int64_t k = 0; k < high[2] - low[2]; ++k) {
+            prefetch(key + (from + k * step) * p.key_strides[2], p.dim);
+            prefetch(value + (from + k * step) * p.value_strides[2], p.value_dim);
+        }
+    }
+
+    void attend(int64_t i, int64_t j, int64_t k, int64_t count, const int64_t* low, const int64_t* high,
                 const int64_t* first, const int64_t* last, float* out) {
         const int64_t line = plan.blocks * LANES;
         int64_t window = 0, panels = 0;
         for (int64_t y = plan.axes[0].first(i, n[0]); y < plan.axes[0].last(i, n[0]); ++y)
             for (int64_t x = plan.axes[1].first(j, n[1]); x < plan.axes[1].last(j, n[1]); ++x) {
-                int64_t at = (y - low[0]) * line_row + x - low[1];
+                const int64_t at = slot(y, x, low, high);
                 w.lines[window++] = at;
                 for (int64_t b = 0; b < plan.blocks; ++b)
                     w.panels[panels++] = w.keys + (at * plan.blocks + b) * LANES * p.dim;
@@ -472,6 +509,7 @@ struct Task {
         for (int64_t q = 0; q < count; ++q) {
             const float* from = query + (p.start + target + q * p.dilation[2]) * p.query_strides[2];
             for (int64_t d = 0; d < p.dim; ++d) w.query[q * p.dim + d] = from[d] * factor;
+            if (i + 1 < n[0]) prefetch(from + p.dilation[0] * p.length[1] * p.length[2] * p.query_strides[2], p.dim);
         }
         for (int64_t q = 0; q < count;) {
             bool half = count - q <= QUERIES / 2;
