@@ -159,11 +159,14 @@ def test_tokens_outside_of_the_grid_are_keys_of_every_query(before: int, after: 
 
 
 @needs_compiler
-def test_tiles_of_a_large_grid() -> None:
-    """More panels than a task may hold: the outer axes are cut, along each of them."""
+@pytest.mark.parametrize("threads", [1, 2, 5])
+def test_tiles_of_a_large_grid(threads: int) -> None:
+    """The outer axes are cut where the keys of a task are too many, or the tasks too few for the threads."""
+    torch.set_num_threads(threads)
     check((300, 12), (3, 3), dim=64)
     check((3, 120, 12), (3, 3, 3), dim=64)
     check((120, 3, 12), (3, 3, 3), dim=64, before=1)
+    check((40, 41), (9, 5), (4, 5), (2, 3), (True, False), dim=64, after=1)
 
 
 @needs_compiler

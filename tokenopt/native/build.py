@@ -69,14 +69,13 @@ def _build(source: Path) -> ctypes.CDLL:
             if not path.exists():
                 _compile(command, source, path)
             return ctypes.CDLL(str(path))
-        except OSError as error:  # not writable, or mounted without the right to execute
+        except (OSError, RuntimeError) as error:  # not writable, not executable, or no home at all
             problems.append(str(error))
     raise _BuildError("; ".join(problems))
 
 
 def _compiler() -> list[str]:
-    named = os.environ.get("CXX")
-    if named is not None:
+    if named := os.environ.get("CXX"):
         command = shlex.split(named)
         if not command or shutil.which(command[0]) is None:
             raise _BuildError(f"$CXX is {named!r}, which cannot be run")
@@ -118,7 +117,7 @@ def _tail(output: bytes) -> str:
 
 def _cache() -> Path:
     folder = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "tokenopt"
-    folder.mkdir(parents=True, exist_ok=True)
+    folder.mkdir(mode=0o700, parents=True, exist_ok=True)
     return folder
 
 

@@ -34,6 +34,7 @@ constexpr int LANES = 4, QUERIES = 4, BLOCKS = 3, ROWS = 2;
 constexpr int COLUMNS = 4;    // vectors of a value row that one weighted sum takes
 constexpr int MAX_RUN = 32;   // queries of a run
 constexpr int64_t CACHE = 1 << 20;  // bytes of panels that a task may use before it is cut
+constexpr double WORTH = 1 << 20;   // multiplications that take longer than starting a thread
 
 typedef float Floats __attribute__((vector_size(4 * LANES)));
 typedef int32_t Ints __attribute__((vector_size(4 * LANES)));
@@ -54,6 +55,13 @@ inline Floats load(const float* from, int64_t count) {
 inline void store(float* to, Floats x) { std::memcpy(to, &x, sizeof x); }
 
 inline Floats fill(float x) { return x - Floats{}; }
+
+// Up to a whole number of vectors.
+inline void copy(const float* from, int64_t count, float* to, float factor = 1) {
+    int64_t i = 0;
+    for (; i <= count - LANES; i += LANES) store(to + i, load(from + i) * factor);
+    if (i < count) store(to + i, load(from + i, count - i) * factor);
+}
 
 inline Ints lanes() {
     Ints x;
@@ -173,10 +181,6 @@ extern "C" struct Problem {
 
 namespace {
 
-inline void prefetch(const float* row, int64_t count) {
-    for (int64_t i = 0; i < count; i += 16) __builtin_prefetch(row + i);
-}
-
 // rows[LANES] of dim floats -> out [dim][LANES]
 void pack_keys(const float* const* rows, int64_t dim, float* out) {
     for (int64_t d = 0; d < dim; d += LANES) {
@@ -193,16 +197,17 @@ void pack_keys(const float* const* rows, int64_t dim, float* out) {
     }
 }
 
-// query [Q][dim], N panels [dim][LANES] -> scores [Q][N * LANES], rows `pitch` apart
+// query [Q][query_width], N panels [dim][LANES] -> scores [Q][N * LANES], rows `pitch` apart
 template <int Q, int N>
-void score(const float* query, const float* const* panels, int64_t dim, float* scores, int64_t pitch) {
+void score(const float* query, int64_t query_width, const float* const* panels, int64_t dim, float* scores,
+           int64_t pitch) {
     Floats sum[Q][N];
     clear(sum);
     for (int64_t d = 0; d < dim; ++d) {
         Floats key[N];
         for (int n = 0; n < N; ++n) key[n] = load(panels[n] + d * LANES);
         for (int q = 0; q < Q; ++q) {
-            Floats x = fill(query[q * dim + d]);
+            Floats x = fill(query[q * query_width + d]);
             for (int n = 0; n < N; ++n) sum[q][n] += x * key[n];
         }
     }
@@ -211,12 +216,14 @@ void score(const float* query, const float* const* panels, int64_t dim, float* s
 }
 
 template <int Q>
-void score_all(const float* query, const float* const* panels, int64_t count, int64_t dim, float* scores, int64_t pitch) {
+void score_all(const float* query, int64_t query_width, const float* const* panels, int64_t count, int64_t dim,
+               float* scores, int64_t pitch) {
     for (int64_t i = 0; i < count;) {
         int64_t left = count - i;
         // 4 left are 2 + 2, not 3 + 1: one panel alone has too few sums to hide the latency of an addition
         int64_t n = left == 4 ? 2 : std::min<int64_t>(left, BLOCKS);
-        (n == 3 ? score<Q, 3> : n == 2 ? score<Q, 2> : score<Q, 1>)(query, panels + i, dim, scores + i * LANES, pitch);
+        (n == 3 ? score<Q, 3> : n == 2 ? score<Q, 2> : score<Q, 1>)(
+            query, query_width, panels + i, dim, scores + i * LANES, pitch);
         i += n;
     }
 }
@@ -272,10 +279,10 @@ void weigh_all(const Sums& s, const float* factor, float* const* out, int64_t va
 struct Plan {
     const Problem& p;
     Axis axes[3];
-    int64_t grid, extra, extra_blocks, width;
+    int64_t grid, extra, extra_blocks, query_width, width;
     int64_t runs, run, blocks;  // of the last axis: runs of `run` queries, whose keys are `blocks` vectors
     int64_t tile[2], tiles[2];  // of the other axes
-    int64_t groups[3], lines, window_lines, tasks;
+    int64_t groups[3], lines, window_lines, tasks, threads;
 
     explicit Plan(const Problem& problem) : p(problem) {
         for (int a = 0; a < 3; ++a) {
@@ -285,8 +292,12 @@ struct Plan {
         grid = p.length[0] * p.length[1] * p.length[2];
         extra = p.tokens - grid;
         extra_blocks = ceil_div(extra, LANES);
+        query_width = ceil_div(p.dim, LANES) * LANES;
         width = ceil_div(p.value_dim, LANES) * LANES;
         window_lines = axes[0].window * axes[1].window;
+        double keys = double(window_lines) * axes[2].window + extra;
+        double work = double(p.batch) * p.heads * grid * keys * (p.dim + p.value_dim);
+        threads = std::max<int64_t>(1, std::min<double>(p.threads, work / WORTH));
         choose_run();
         choose_tiles();
     }
@@ -315,7 +326,7 @@ struct Plan {
             for (int a = 0; a < 2; ++a) tiles[a] = ceil_div(axes[a].members(0), tile[a]);
             tasks = p.batch * p.heads * groups[0] * groups[1] * groups[2] * runs * tiles[0] * tiles[1];
             bool large = key_lines() * bytes > CACHE && tile[1] >= 2 * axes[1].window;
-            bool few = p.threads > 1 && tasks < 4 * p.threads && tile[0] * tile[1] > 1;
+            bool few = threads > 1 && tasks < 4 * threads && tile[0] * tile[1] > 1;
             if (!large && !few) break;
             int axis = large || tile[0] == 1 || (tile[1] > 1 && tile[1] * axes[0].window > tile[0] * axes[1].window);
             tile[axis] = ceil_div(tile[axis], 2);
@@ -341,7 +352,7 @@ struct Workspace {
         rows = ceil_div(plan.run, QUERIES) * QUERIES;
         const int64_t sizes[] = {plan.lines * line * plan.p.dim, plan.lines * line * plan.width, plan.lines * line,
                                  extra * plan.p.dim, extra * plan.width, extra,
-                                 rows * plan.p.dim, rows * pitch, plan.p.dim + LANES};
+                                 rows * plan.query_width, rows * pitch, plan.p.dim + LANES};
         float** places[] = {&keys, &values, &bias, &extra_keys, &extra_values, &extra_bias, &query, &scores, &zeros};
         int64_t total = 0;
         for (int64_t size : sizes) total += ceil_div(size, 16) * 16;
@@ -350,7 +361,7 @@ struct Workspace {
         float* next = memory.get();
         for (int i = 0; i < 9; ++i) *places[i] = next, next += ceil_div(sizes[i], 16) * 16;
         std::fill_n(zeros, plan.p.dim, 0.0f);
-        std::fill_n(query, rows * plan.p.dim, 0.0f);
+        std::fill_n(query, rows * plan.query_width, 0.0f);
         panels.resize(plan.window_lines * plan.blocks + plan.extra_blocks);
         lines.resize(plan.window_lines);
     }
@@ -386,8 +397,7 @@ struct Task {
         }
         for (int64_t i = 0; i < count; ++i) {
             const float* row = value + token(i) * p.value_strides[2];
-            for (int64_t d = 0; d < p.value_dim; d += LANES)
-                store(values + i * plan.width + d, load(row + d, p.value_dim - d));
+            copy(row, p.value_dim, values + i * plan.width);
             if (bias) biases[i] = bias[token(i)] * LOG2E;
         }
     }
@@ -465,7 +475,6 @@ struct Task {
             const int64_t until = plan.axes[0].last(i, n[0]);
             for (next = std::max(next, plan.axes[0].first(i, n[0])); next < until; ++next)
                 for (int64_t j = low[1]; j < high[1]; ++j) pack_line(next, j, low, high);
-            for (int64_t j = low[1]; next < high[0] && j < high[1]; ++j) prefetch_line(next, j, low, high);
             for (int64_t j = begin[1]; j < end[1]; ++j) attend(i, j, begin[2], count, low, high, first, last, out);
         }
     }
@@ -480,15 +489,6 @@ struct Task {
         const int64_t at = slot(i, j, low, high) * plan.blocks * LANES;
         pack(high[2] - low[2], [=](int64_t k) { return from + k * step; }, w.keys + at * p.dim,
              w.values + at * plan.width, w.bias + at);
-    }
-
-    // Rows of one head are far apart, and the next ones are wanted only after a line of queries.
-    void prefetch_line(int64_t i, int64_t j, const int64_t* low, const int64_t* high) const {
-        const int64_t from = p.start + place(i, j, low[2]), step = p.dilation[2];
-        for (int64_t k = 0; k < high[2] - low[2]; ++k) {
-            prefetch(key + (from + k * step) * p.key_strides[2], p.dim);
-            prefetch(value + (from + k * step) * p.value_strides[2], p.value_dim);
-        }
     }
 
     void attend(int64_t i, int64_t j, int64_t k, int64_t count, const int64_t* low, const int64_t* high,
@@ -508,13 +508,13 @@ struct Task {
         int64_t target = place(i, j, k);
         for (int64_t q = 0; q < count; ++q) {
             const float* from = query + (p.start + target + q * p.dilation[2]) * p.query_strides[2];
-            for (int64_t d = 0; d < p.dim; ++d) w.query[q * p.dim + d] = from[d] * factor;
-            if (i + 1 < n[0]) prefetch(from + p.dilation[0] * p.length[1] * p.length[2] * p.query_strides[2], p.dim);
+            copy(from, p.dim, w.query + q * plan.query_width, factor);
         }
         for (int64_t q = 0; q < count;) {
             bool half = count - q <= QUERIES / 2;
             (half ? score_all<QUERIES / 2> : score_all<QUERIES>)(
-                w.query + q * p.dim, w.panels.data(), panels, p.dim, w.scores + q * w.pitch, w.pitch);
+                w.query + q * plan.query_width, plan.query_width, w.panels.data(), panels, p.dim,
+                w.scores + q * w.pitch, w.pitch);
             q += half ? QUERIES / 2 : QUERIES;
         }
         float inverse[MAX_RUN];
@@ -539,7 +539,7 @@ struct Task {
 // 0, or 1 where there is not enough memory.
 extern "C" int neighborhood_attention(const Problem* problem) try {
     const Plan plan(*problem);
-    const int64_t count = std::max<int64_t>(1, std::min(problem->threads, plan.tasks));
+    const int64_t count = std::min(plan.threads, plan.tasks);
     std::vector<Workspace> workspaces;
     workspaces.reserve(count);
     for (int64_t i = 0; i < count; ++i) workspaces.emplace_back(plan);
