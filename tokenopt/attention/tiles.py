@@ -17,10 +17,10 @@ from tokenopt.attention.pattern import Lowered, Mask, Refused
 
 _PAIRS = 2**25  # pairs of tokens looked at in one go
 
-# What a tile costs in units of one query-key pair of dense attention, fitted to ONNX Runtime and torch on CPUs
-# (benchmarks/attention.py): pairs in small batched products run at about three quarters of the speed of dense ones, and
-# gathering a key and its value, and opening a tile, cost so many pairs.
-_PAIR, _KEY, _TILE = 1.25, 8.0, 3000.0
+# What tiles cost in units of one query-key pair of dense attention, fitted to ONNX Runtime on a CPU with AVX-512
+# (benchmarks/attention.py): a pair in small batched products with a mask costs about two of dense ones, and gathering a
+# key with its value, opening a tile, and gathering a query and its result cost so many pairs.
+_PAIR, _KEY, _TILE, _QUERY = 1.9, 22.0, 3500.0, 55.0
 
 
 @dataclass(frozen=True)
@@ -89,7 +89,7 @@ def additive(mask: Tensor) -> Tensor:
 
 
 def _cost(tiles: int, queries: int, keys: int) -> float:
-    return tiles * (queries * keys * _PAIR + keys * _KEY + _TILE)
+    return tiles * (queries * (keys * _PAIR + _QUERY) + keys * _KEY + _TILE)
 
 
 def tile(pattern: Mask, layout: Layout) -> Tiles:

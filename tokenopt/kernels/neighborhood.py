@@ -16,6 +16,7 @@ import itertools
 import math
 from collections.abc import Iterator
 
+import torch
 import triton
 import triton.language as tl
 from torch import Tensor
@@ -93,6 +94,15 @@ def neighborhood_attention(
             num_stages=config.num_stages,
         )
     return out
+
+
+def supported(query: Tensor, key: Tensor, value: Tensor, key_bias: Tensor | None = None) -> bool:
+    """Whether `neighborhood_attention` takes these tensors: on an NVIDIA GPU from compute capability 8.0 on."""
+    taken = (torch.float16, torch.bfloat16, torch.float32)
+    widest = max(query.shape[-1], value.shape[-1])
+    if query.dim() != 4 or query.dtype not in taken or widest > 256 or torch.version.cuda is None:
+        return False
+    return torch.cuda.get_device_capability(query.device) >= (8, 0)
 
 
 def check_windows(
