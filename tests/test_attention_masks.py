@@ -14,9 +14,22 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from tokenopt.attention import (
-    Band, BlockMap, Concentric, Full, Global, Layout, Mask, Neighborhood, Nothing, Permuted, Stripe, on, parse,
-    per_head, permuted,
-)  # fmt: skip
+    Band,
+    BlockMap,
+    Concentric,
+    Full,
+    Global,
+    Layout,
+    Mask,
+    Neighborhood,
+    Nothing,
+    Permuted,
+    Stripe,
+    on,
+    parse,
+    per_head,
+    permuted,
+)
 from tokenopt.attention.pattern import Refused
 from tokenopt.attention.tiles import absent_keys, reference_mask
 from tokenopt.errors import UsageError
@@ -62,9 +75,9 @@ def expected(grid: Place, queries: Tensor, window: Any, stride: Any, dilation: A
     found = torch.ones(len(queries), prod(grid), dtype=torch.bool)
     each = lambda v: v if isinstance(v, tuple) else (v,) * len(grid)  # noqa: E731
     keys, step = torch.arange(prod(grid)), prod(grid)
-    for n, *settings in zip(grid, each(window), each(stride), each(dilation), each(causal), strict=True):
+    for n, *axis in zip(grid, each(window), each(stride), each(dilation), each(causal), strict=True):
         step //= n
-        table = torch.tensor([[sees(q, k, n, *settings) for k in range(n)] for q in range(n)])
+        table = torch.tensor([[sees(q, k, n, *axis) for k in range(n)] for q in range(n)])
         found &= table[queries // step % n][:, keys // step % n]
     return found
 
@@ -124,9 +137,9 @@ def axes(draw: st.DrawFn) -> tuple[int, int, int, int, bool]:
 @settings(max_examples=150, deadline=None)
 @given(st.lists(axes(), min_size=1, max_size=3).filter(lambda a: prod(x[0] for x in a) <= 400))
 def test_random_neighbourhoods(found: list[tuple[int, int, int, int, bool]]) -> None:
-    grid, *settings = map(tuple, zip(*found, strict=True))
+    grid, *given = map(tuple, zip(*found, strict=True))
     layout = Layout.of(*grid)
-    assert torch.equal(mask(Neighborhood(*settings), layout), expected(grid, torch.arange(layout.total), *settings))
+    assert torch.equal(mask(Neighborhood(*given), layout), expected(grid, torch.arange(layout.total), *given))
 
 
 def test_an_axis_shorter_than_the_window_is_seen_whole() -> None:
@@ -387,15 +400,17 @@ HOSTILE = [
     "Pattern()", "_Pair(Full(), Full())", "Or(Full(), Full())", "Full().lower", "Full().allows(1, 2)", "Full.__class__",
     "Full()()", "Full()[0]", "(lambda: Full())()", "[Full() for _ in (1,)]", "Full() if 1 else Full()", "x := Full()",
     "Full(); Full()", "Full() + Full()", "Full() | 1", "not Full()", "~Full()", "Full() == Full()", "3", "'Full()'",
-    "(Full(), Full())", "None", "Neighborhood(x)", "Neighborhood(9**9**9)", "Neighborhood(1 << 99)", "Neighborhood(2*3)",
-    "Neighborhood(*(3,))", "Neighborhood(**{'window': 3})", "Neighborhood(3, 1, 1, False, 'shift', 5)",
+    "(Full(), Full())", "None", "Neighborhood(x)", "Neighborhood(9**9**9)", "Neighborhood(1 << 99)",
+    "Neighborhood(2*3)", "Neighborhood(*(3,))", "Neighborhood(**{'window': 3})",
+    "Neighborhood(3, 1, 1, False, 'shift', 5)",
     "Neighborhood(size=3)", "Neighborhood()", "Neighborhood(0)", "Neighborhood(-3)", "Neighborhood(3.5)",
     "Neighborhood('3')", "Neighborhood(True)", "Neighborhood((3, 'x'))", "Neighborhood(3, causal='yes')",
     "Neighborhood(3, border='wrap')", "Neighborhood({3})", "Neighborhood(f'{3}')", "Neighborhood(b'3')",
     "Neighborhood(99999999999999999999)", "Neighborhood(" + "9" * 5000 + ")", "Stripe()", "Stripe(rows=1, cols=1)",
-    "Stripe(rows=-1, cols=2)", "Stripe(rows='1')", "Band('x')", "Band(-1)", "Band(4, decay=0, step=0)", "Band(1, axis=None)",
-    "Global(5)", "Global(first='x')", "BlockMap(0, ((0,),))", "BlockMap(4, 3)", "BlockMap(4, (('a',),))",
-    "per_head(5)", "per_head([1, 2])", "per_head([])", "per_head(Full())", "on(1, 2, Full())", "on('cls', 'patch', 3)",
+    "Stripe(rows=-1, cols=2)", "Stripe(rows='1')", "Band('x')", "Band(-1)", "Band(4, decay=0, step=0)",
+    "Band(1, axis=None)", "Global(5)", "Global(first='x')", "BlockMap(0, ((0,),))", "BlockMap(4, 3)",
+    "BlockMap(4, (('a',),))", "per_head(5)", "per_head([1, 2])", "per_head([])",
+    "per_head(Full())", "on(1, 2, Full())", "on('cls', 'patch', 3)",
     "on('cls')", "permuted(5, Full())", "permuted((0.5,), Full())", "Permuted(Full(), roll='a')",
     "Full()\x00", "(" * 500 + "Full()" + ")" * 500, "-" * 50000 + "1", "|".join(["Full()"] * 5000),
     "per_head([" * 90 + "Full()" + "])" * 90,
