@@ -189,7 +189,7 @@ def optimize_model(
         if learned is not None:  # the folder holds all that its recipe needs
             if learned != scorer:
                 shutil.copyfile(learned, scorer)
-            report.recipe = _moved(report.recipe, str(learned), str(out / SCORER))
+            report.recipe, report.patterns = _moved([report.recipe, report.patterns], str(learned), str(out / SCORER))
         report.model["name"] = path.name
         if not result.changed:
             if not (out / PROGRAM).exists():
@@ -319,6 +319,8 @@ def _moved(data: Any, old: str, new: str) -> Any:
     """Plain data with a path in it replaced."""
     if isinstance(data, dict):
         return {key: _moved(value, old, new) for key, value in data.items()}
+    if isinstance(data, list):
+        return [_moved(value, old, new) for value in data]
     return data.replace(old, new) if isinstance(data, str) else data
 
 

@@ -85,13 +85,19 @@ def block_sparse_attention(
     total = key.shape[2]
     bias = _of_rank_4(joined_bias(bias, key_bias, query.dtype), total)
     places = _pick(keys[None, None, None], index).flatten(-2)
-    places = torch.cat([places, rows.expand(*places.shape[:-1], -1)], -1).unsqueeze(-2)  # [B, h, T, 1, K L + R]
-    seen = places >= 0 if keys.numel() + rows.shape[0] > total else None  # else no block is short
+    places = torch.cat([places, rows.expand(*places.shape[:-1], -1)], -1)  # [B, h, T, K L + R]
+    seen = None
+    if keys.numel() + rows.shape[0] > total:  # a block is short
+        seen = (places >= 0).unsqueeze(-2)
     if causal:
-        before = places <= queries.unsqueeze(-1)
-        seen = before if seen is None else seen & before
-    listed = None if bias is None else _listed_bias(bias, queries, keys, rows, index)
-    k, v = (_listed(x, keys, rows, index) for x in (key, value))
+        past = places.unsqueeze(-2) <= queries.unsqueeze(-1)
+        seen = past if seen is None else seen & past
+    places = places.clamp(min=0)
+    k, v = (_pick(x.unsqueeze(2), places) for x in (key, value))
+    listed = None
+    if bias is not None:
+        of_query = bias.unsqueeze(2) if bias.shape[2] == 1 else _blocks(bias, queries)  # [B, H, T, Q, N]
+        listed = _pick(of_query.transpose(-2, -1), places).transpose(-2, -1)
     out = attend(_blocks(query, queries), k, v, _hidden(listed, seen), scale).flatten(2, 3)
     if rows.shape[0]:
         past = rows.unsqueeze(-1) >= torch.arange(total, device=rows.device) if causal else None
@@ -379,24 +385,6 @@ def _pooled(x: Tensor, blocks: Tensor, pool: str) -> Tensor:
 def _blocks(x: Tensor, blocks: Tensor) -> Tensor:
     """[B, H, N, D], int64 [T, Q] -> [B, H, T, Q, D]; any token where there is none."""
     return x.index_select(2, blocks.clamp(min=0).flatten()).unflatten(2, blocks.shape)
-
-
-def _listed(x: Tensor, keys: Tensor, rows: Tensor, index: Tensor) -> Tensor:
-    """The keys or values that each block of queries sees: [B, H, N, D] -> [B, H, T, K L + R, D]."""
-    count, size = keys.shape
-    chosen = _pick(_blocks(x, keys).unsqueeze(2).flatten(4), index).unflatten(-1, (size, x.shape[-1])).flatten(3, 4)
-    few = x.index_select(2, rows).unsqueeze(2).expand(-1, -1, index.shape[2], -1, -1)
-    return torch.cat([chosen, few], 3) if rows.shape[0] else chosen
-
-
-def _listed_bias(bias: Tensor, queries: Tensor, keys: Tensor, rows: Tensor, index: Tensor) -> Tensor:
-    """The bias of those keys: [B or 1, H or 1, N or 1, N] -> [B, H or 1, T, Q or 1, K L + R]."""
-    bias = bias.unsqueeze(2) if bias.shape[2] == 1 else _blocks(bias, queries)  # [B, H, T or 1, Q or 1, N]
-    few = bias.index_select(4, rows)
-    size = bias.shape[3], keys.shape[1]
-    grid = bias.index_select(4, keys.clamp(min=0).flatten()).unflatten(4, keys.shape).transpose(3, 4).flatten(4)
-    chosen = _pick(grid, index).unflatten(-1, size).transpose(3, 4).flatten(4)
-    return torch.cat([chosen, few.expand(*chosen.shape[:3], -1, -1)], -1)
 
 
 def _pick(x: Tensor, index: Tensor) -> Tensor:
