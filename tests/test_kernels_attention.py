@@ -17,11 +17,12 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import numpy
 import pytest
 import torch
 from torch import Tensor
 
-pytest.importorskip("triton")
+triton = pytest.importorskip("triton")
 
 from tokenopt.errors import UsageError  # noqa: E402
 from tokenopt.kernels import aot, neighborhood, online, tuning  # noqa: E402
@@ -30,6 +31,11 @@ from tokenopt.kernels.flash import attention, flash_kernel  # noqa: E402
 from tokenopt.kernels.neighborhood import neighborhood_attention, neighborhood_kernel  # noqa: E402
 from tokenopt.kernels.tuning import Config  # noqa: E402
 from tokenopt.runtimes.plugins import NeighborhoodAttention, kernel_constants  # noqa: E402
+
+
+def _version(package: Any) -> tuple[int, int]:
+    return tuple(map(int, package.__version__.split(".")[:2]))
+
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 DEVICE = "cpu" if INTERPRETED else "cuda"
@@ -43,6 +49,9 @@ TOLERANCE = {torch.float32: 1e-5, torch.float16: 1e-2, torch.bfloat16: 5e-2}
 
 
 @compiled
+@pytest.mark.skipif(
+    _version(triton) < (3, 7) and _version(numpy) >= (2, 4), reason="this interpreter fails at range() with this numpy"
+)
 def test_cases_in_the_interpreter() -> None:
     environment = {name: value for name, value in os.environ.items() if not name.startswith("PYTEST_")}
     run = subprocess.run(
@@ -53,7 +62,7 @@ def test_cases_in_the_interpreter() -> None:
         text=True,
     )
     assert run.returncode == 0, run.stdout[-10000:] + run.stderr[-2000:]
-    assert int(re.search(r"(\d+) passed", run.stdout).group(1)) > 100
+    assert int(re.search(r"(\d+) passed", run.stdout).group(1)) > 90
 
 
 # -- reference ---------------------------------------------------------------------------------------------------------
@@ -199,27 +208,27 @@ CASES = {
     "1d full blocks": Case((64,), (40,)),
     "1d whole": Case((32,), (32,)),
     "1d one key": Case((19,), (1,)),
-    "2d": Case((9, 11), (3, 3)),
-    "2d even": Case((9, 11), (4, 6)),
+    "2d": Case((7, 9), (3, 3)),
+    "2d even": Case((7, 9), (4, 6)),
     "2d uneven tiles": Case((5, 14), (5, 9), (1, 8)),
-    "2d stride": Case((12, 10), (5, 4), (3, 4)),
+    "2d stride": Case((10, 7), (5, 4), (3, 4)),
     "2d stride = tile": Case((8, 12), (4, 8), (4, 4)),
-    "2d dilation": Case((13, 10), (3, 3), dilation=(2, 3)),
-    "2d dilation to the brim": Case((12, 9), (3, 3), dilation=(4, 3)),
+    "2d dilation": Case((9, 10), (3, 3), dilation=(2, 3)),
+    "2d dilation to the brim": Case((6, 9), (3, 3), dilation=(2, 3)),
     "2d causal": Case((9, 8), (3, 5), causal=(True, False)),
-    "2d causal both": Case((9, 8), (4, 5), (2, 3), causal=(True, True)),
-    "2d causal dilation": Case((9, 11), (4, 3), (2, 3), (2, 3), (False, True)),
+    "2d causal both": Case((7, 6), (4, 5), (2, 3), causal=(True, True)),
+    "2d causal dilation": Case((9, 9), (4, 3), (2, 3), (2, 3), (False, True)),
     "2d full blocks": Case((9, 10), (7, 9)),
     "2d whole": Case((6, 7), (6, 7)),
     "2d one row": Case((1, 20), (1, 7)),
-    "3d": Case((4, 5, 6), (3, 3, 3)),
+    "3d": Case((3, 4, 5), (3, 3, 3)),
     "3d everything": Case((6, 4, 7), (2, 3, 3), (1, 2, 3), (3, 1, 2), (True, False, False)),
     "3d causal": Case((5, 4, 4), (4, 2, 3), (2, 1, 3), causal=(True, True, True)),
     "token in front": Case((6, 6), (3, 3), front=1),
     "tokens behind": Case((6, 6), (3, 3), behind=19),
     "tokens around": Case((5, 7), (3, 5), front=5, behind=16, bias=True),
     "tokens around, dilation": Case((6, 8), (3, 3), dilation=(2, 2), front=17, behind=2, bias=True),
-    "bias": Case((9, 7), (5, 3), bias=True),
+    "bias": Case((7, 5), (5, 3), bias=True),
     "head dim 32": Case((6, 5), (3, 3), dims=(32, 32), dtype=half),
     "head dim 64": Case((6, 5), (3, 3), dims=(64, 64), dtype=half, front=1),
     "head dim 80": Case((6, 5), (3, 3), dims=(80, 80), dtype=half, behind=3, bias=True),
@@ -247,7 +256,7 @@ def test_neighborhood_case(name: str) -> None:
 
 
 @on_device
-@pytest.mark.parametrize("seed", range(20))
+@pytest.mark.parametrize("seed", range(14))
 def test_neighborhood_random_case(seed: int) -> None:
     draw = random.Random(seed)
     axes = draw.choice((1, 2, 2, 3))
@@ -263,7 +272,7 @@ def test_neighborhood_random_case(seed: int) -> None:
         behind=draw.choice((0, 0, 18)),
         bias=draw.random() < 0.5,
         config=draw.choice((SMALL, Config(16, 32, 4, 1), Config(32, 16, 4, 1))),
-    ).check(batch=2, heads=1)
+    ).check(batch=1 + seed % 2, heads=1)
 
 
 @on_device
@@ -352,11 +361,11 @@ def test_windows_without_meaning_are_refused(change: dict[str, Any], why: str) -
         (1, 5, (24, 8), torch.float32, False, True, "bnhd"),
     ],
 )
-@pytest.mark.parametrize("config", [SMALL, Config(32, 16, 4, 1), None])
+@pytest.mark.parametrize("config", [SMALL, None])
 def test_dense_case(queries, keys, dims, dtype, causal, bias, layout, config) -> None:
-    (q,) = operands(2, 3, queries, dims[0], dtype, layout, 1)
-    (k,) = operands(2, 3, keys, dims[0], dtype, layout, 1)
-    (v,) = operands(2, 3, keys, dims[1], dtype, layout, 1)
+    (q,) = operands(2, 2, queries, dims[0], dtype, layout, 1)
+    (k,) = operands(2, 2, keys, dims[0], dtype, layout, 1)
+    (v,) = operands(2, 2, keys, dims[1], dtype, layout, 1)
     key_bias = torch.randn(2, keys, device=DEVICE) if bias else None
     seen = torch.ones(queries, keys, dtype=torch.bool, device=DEVICE)
     if causal:
