@@ -7,7 +7,9 @@ the place of Triton's compiler for whatever is imported after it was chosen.
 from __future__ import annotations
 
 import dataclasses
+import functools
 import itertools
+import json
 import math
 import os
 import random
@@ -86,6 +88,7 @@ def sees(i: int, m: int, length: int, window: int, stride: int, dilation: int, c
     return first <= m < first + window
 
 
+@functools.cache
 def seen_on_grid(grid, window, stride, dilation, causal) -> Tensor:
     """bool [G, G]."""
     mask = torch.ones(1, 1, dtype=torch.bool)
@@ -319,6 +322,10 @@ def test_boxes_need_the_fewest_blocks() -> None:
     assert neighborhood.boxes((1, 32, 32), (1, 7, 7), *plain, 64, 64) == ((1, 8, 8), (1, 4, 16))
     assert neighborhood.boxes((1, 64, 64), (1, 8, 8), (1, 8, 8), (1, 1, 1), (False,) * 3, 64, 64)[0] == (1, 8, 8)
     assert neighborhood.boxes((1, 1, 500), (1, 1, 9), *plain, 64, 32) == ((1, 1, 64), (1, 1, 32))
+    blocked = ((1, 64, 64), (1, 8, 8), (1, 8, 8), *plain[1:])
+    assert neighborhood.visited_blocks(*blocked, (1, 8, 8), (1, 8, 8)) == 64
+    interior, borders = 2 * 4, 2 * 3  # tiles of 8 along 32 with windows of 7 see 11, 14, 14 and 11 keys
+    assert neighborhood.visited_blocks((1, 1, 32), (1, 1, 7), *plain, (1, 1, 8), (1, 1, 4)) == interior + borders
     for volume in (16, 128):
         assert {math.prod(shape) for shape in neighborhood._factorings(volume)} == {volume}
 
@@ -465,6 +472,9 @@ def test_case_of_operands_that_do_not_fit() -> None:
         attention(q, k, v, torch.zeros(2, 19, device=DEVICE), scale=1.0)
     with pytest.raises(UsageError, match="float16"):
         attention(q, k, v.half(), scale=1.0)
+    with pytest.raises(UsageError, match="no backward"):
+        attention(q, k, v.requires_grad_(), scale=1.0)
+    v.requires_grad_(False)
     with pytest.raises(UsageError, match="positive"):
         attention(q, k, v, scale=0.0)
     if INTERPRETED:
@@ -592,4 +602,34 @@ def test_rows_of_the_table_ask_for_what_problems_have() -> None:
         problem = tuning._problem(row["if"]["kernel"], 80, dtype, 64, 1024, 7)
         assert row["if"].keys() <= problem.keys()
         Config(**row["use"])
-    assert all(tuning.candidates(16, dim) for dim in (32, 256))
+    for bits, dim in ((16, 64), (16, 256), (32, 128)):
+        assert len(set(tuning.candidates(bits, dim))) >= 2
+
+
+@compiled
+def test_tuning_writes_rows_that_are_then_taken(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def timed(run: Any, return_mode: str) -> float:
+        return run()
+
+    def run(config: Config) -> float:
+        if config.keys == 128:
+            raise triton.runtime.errors.OutOfResources(300000, 200000, "shared memory")
+        return 1.0 if config == Config(128, 32, 4, 3) else 2.0
+
+    monkeypatch.setattr("triton.testing.do_bench", timed)
+    monkeypatch.setattr(tuning, "_problems", lambda *problem: [("neighborhood", 1024, 7, run)])
+    for name, value in (("current_device", 0), ("get_device_capability", (9, 0)), ("get_device_name", "a device")):
+        monkeypatch.setattr(torch.cuda, name, lambda *device, value=value: value)
+    table = tmp_path / "tuning.json"
+    for _ in range(2):  # the second measurement takes the place of the first
+        tuning.tune(table)
+        monkeypatch.setattr(tuning, "TABLE", table)
+    try:
+        assert sum("measured" in row for row in json.loads(table.read_text())["rows"]) == 1
+        take = functools.partial(tuning.lookup_for, "neighborhood", dtype=torch.float16, head_dim=64, window=8)
+        assert take(capability=90, tokens=900) == Config(128, 32, 4, 3)
+        assert take(capability=80, tokens=900) == take(capability=90, tokens=5000) == Config(64, 64, 4, 2)
+    finally:
+        monkeypatch.undo()
+        tuning._table.cache_clear()
+        tuning._lookup.cache_clear()
