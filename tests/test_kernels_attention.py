@@ -541,6 +541,24 @@ def test_kernels_compile_for(capability: int) -> None:
 
 
 @compiled
+def test_kernels_compile_with_sizes_of_one() -> None:
+    """Triton's launcher makes a constant of every integer argument that is 1."""
+    config = Config(16, 16, 4, 2)
+    block = head(16) | {"QUERIES": 16, "KEYS": 16}
+    lists = block | {"QUERY_BLOCK": 16, "KEY_BLOCK": 16, "SLOTS": 1}
+    strides = [f"{name}_{axis}" for name in ("query", "key", "value", "index") for axis in "bhn"]
+    for kernel, constants in (
+        (neighborhood_kernel, windowed(config, 16, extra=True)),
+        (flash_kernel, block | {"CAUSAL": False}),
+        (flash_kernel, block | {"CAUSAL": True}),
+        (block_sparse_kernel, lists),
+    ):
+        sizes = {"heads", "start_token", "extras", "queries", "keys", "slots", *strides} & set(kernel.arg_names)
+        constants = constants | CONTIGUOUS | dict.fromkeys(sizes, 1)
+        aot.ptx(kernel, signature(kernel, constants, "fp16"), constants, 80)
+
+
+@compiled
 @pytest.mark.parametrize(("dim", "bits"), [(64, 16), (80, 16), (128, 16), (256, 16), (64, 32)])
 def test_shipped_tiles_fit_the_smallest_device(dim: int, bits: int) -> None:
     kernels = {"neighborhood": neighborhood_kernel, "flash": flash_kernel, "block-sparse": block_sparse_kernel}

@@ -55,6 +55,8 @@ def check_operands(query: Tensor, key: Tensor, value: Tensor, key_bias: Tensor |
         refuse(f"the key bias is {list(key_bias.shape)}, not [batch, keys]")
     if max(query.shape[3], value.shape[3]) > MAX_HEAD_DIM:
         refuse(f"a head has more than {MAX_HEAD_DIM} elements")
+    if query.is_cuda and torch.version.cuda and torch.cuda.get_device_capability(query.device) < (8, 0):
+        refuse("Triton uses no tensor cores on this device", "a device of compute capability 8.0 or newer")
     if not query.is_cuda and not triton.knobs.runtime.interpret:
         refuse(f"operands are on the {query.device.type}", "a CUDA device")
     if not query.is_cuda and query.dtype == torch.bfloat16:
