@@ -182,21 +182,35 @@ def boxes(
     queries, keys: their volumes, powers of two. Of equals those that are longest along the last axis are taken.
     """
 
-    @functools.cache
-    def visits(axis: int, box: int, block: int) -> int:
-        """Blocks of keys along an axis, over all tiles."""
-        total = 0
-        for group in range(dilation[axis]):
-            length = (grid[axis] - group - 1) // dilation[axis] + 1
-            for first in range(0, length, box):
-                last = min(first + box, length) - 1
-                begin = _interval(first, length, window[axis], stride[axis], causal[axis])[0]
-                end = _interval(last, length, window[axis], stride[axis], causal[axis])[1]
-                total += triton.cdiv(end - begin, block)
-        return total
-
+    axes = (grid, window, stride, dilation, causal)
     pairs = itertools.product(_factorings(queries), _factorings(keys))
-    return min(pairs, key=lambda pair: math.prod(visits(axis, pair[0][axis], pair[1][axis]) for axis in range(3)))
+    return min(pairs, key=lambda pair: visited_blocks(*axes, *pair))
+
+
+def visited_blocks(
+    grid: Axes,
+    window: Axes,
+    stride: Axes,
+    dilation: Axes,
+    causal: tuple[bool, bool, bool],
+    query_box: Axes,
+    key_box: Axes,
+) -> int:
+    """Blocks of keys that all tiles of queries of a head visit, borders included."""
+    return math.prod(map(_visits, grid, window, stride, dilation, causal, query_box, key_box))
+
+
+@functools.lru_cache(maxsize=4096)
+def _visits(length: int, window: int, stride: int, dilation: int, causal: bool, box: int, block: int) -> int:
+    """visited_blocks of one axis."""
+    total = 0
+    for group in range(dilation):
+        members = (length - group - 1) // dilation + 1
+        for first in range(0, members, box):
+            begin, _ = _interval(first, members, window, stride, causal)
+            _, end = _interval(min(first + box, members) - 1, members, window, stride, causal)
+            total += triton.cdiv(end - begin, block)
+    return total
 
 
 def _factorings(volume: int) -> Iterator[Axes]:
