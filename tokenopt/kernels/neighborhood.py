@@ -16,14 +16,13 @@ import itertools
 import math
 from collections.abc import Iterator
 
-import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
 from tokenopt.errors import UsageError
 from tokenopt.kernels import online, tuning
-from tokenopt.kernels.online import accumulate, finish, initial, load_rows, scores
+from tokenopt.kernels.online import accumulate, finish, initial, load_rows, scores, supported  # noqa: F401  (a part of the module: see ops/native.py)
 
 Axes = tuple[int, int, int]
 
@@ -94,15 +93,6 @@ def neighborhood_attention(
             num_stages=config.num_stages,
         )
     return out
-
-
-def supported(query: Tensor, key: Tensor, value: Tensor, key_bias: Tensor | None = None) -> bool:
-    """Whether `neighborhood_attention` takes these tensors: on an NVIDIA GPU from compute capability 8.0 on."""
-    taken = (torch.float16, torch.bfloat16, torch.float32)
-    widest = max(query.shape[-1], value.shape[-1])
-    if query.dim() != 4 or query.dtype not in taken or widest > 256 or torch.version.cuda is None:
-        return False
-    return torch.cuda.get_device_capability(query.device) >= (8, 0)
 
 
 def check_windows(

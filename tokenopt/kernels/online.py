@@ -69,6 +69,15 @@ def check_operands(query: Tensor, key: Tensor, value: Tensor, key_bias: Tensor |
             refuse("a head spans 2^31 elements or more of memory")
 
 
+def supported(query: Tensor, key: Tensor, value: Tensor, key_bias: Tensor | None = None) -> bool:
+    """Whether a kernel takes these operands."""
+    try:
+        check_operands(query, key, value, key_bias, 1.0)
+    except UsageError:
+        return False
+    return True
+
+
 def empty_output(query: Tensor, tokens: int, value: Tensor) -> Tensor:
     """[B, H, tokens, E] in the memory of [B, tokens, H, E], so that putting the heads together again is a view."""
     return query.new_empty(query.shape[0], tokens, query.shape[1], value.shape[3]).transpose(1, 2)
