@@ -830,7 +830,9 @@ def given_segments(axes: Axes, node: fx.Node) -> Any:
 
 @axis_rule("tokenopt.best_partners tokenopt.shared_threshold tokenopt.partition_energy tokenopt.patch_variance "
            "tokenopt.patch_entropy tokenopt.token_map tokenopt.nearest_tokens tokenopt.grid_interpolation "
-           "tokenopt.shares tokenopt.take_tokens")  # fmt: skip
+           "tokenopt.shares tokenopt.take_tokens tokenopt.block_route tokenopt.predict_route tokenopt.sorted_places "
+           "tokenopt.routed_attention_bias tokenopt.predicted_attention_bias "
+           "tokenopt.sorted_attention_bias")  # fmt: skip
 def numbers(axes: Axes, node: fx.Node) -> Any:
     _reduces(axes, node)
     return _results(axes, node)
