@@ -291,6 +291,27 @@ class BlockMap(Mask):
 
 
 @dataclass(frozen=True, repr=False)
+class Diagonal(Mask):
+    """Each query sees the anti-diagonals of the grid up to its own: what is generated one anti-diagonal at a time.
+
+    Source: He et al., Neighboring Autoregressive Modeling, arXiv:2503.10696.
+    """
+
+    def allows(self, query: Tokens, key: Tokens) -> Tensor:
+        return sum(key.coords) <= sum(query.coords)[:, None]
+
+    def check(self, layout: Layout) -> None:
+        if len(layout.grid) < 2:
+            raise Refused("anti-diagonals need a grid of two axes", "Neighborhood(..., causal=True)")
+
+    def tilings(self, layout: Layout) -> Iterator[Tensor]:
+        number = sum(layout.at(torch.arange(layout.start, layout.start + layout.count)).coords)
+        order = number.sort(stable=True).indices
+        for tiling in box_tilings((layout.count,)):
+            yield order[tiling]
+
+
+@dataclass(frozen=True, repr=False)
 class Concentric(Mask):
     """Each query sees its ring of the grid and those further out (or further in), as in concentric causal attention.
 
