@@ -217,6 +217,38 @@ class Band(Mask):
 
 
 @dataclass(frozen=True, repr=False)
+class Radial(Mask):
+    """Each query sees a window of its own and other frames that is halved whenever the distance in time doubles.
+
+    With s tokens per frame and ``r = 2 ** floor(log2(max(|i - j|, 1)))``, the token at place k of frame i sees that at
+    place l of frame j where ``|k - l| + 1 <= width * s / r``, or where k = l and |i - j| is a multiple of ceil(r / s).
+
+    Attributes:
+        width: the window of near frames, as a share of a frame.
+        sink: so many first frames are seen by all.
+
+    Source: Li et al., Radial Attention, arXiv:2506.19852, sec. 4.2.
+    """
+
+    width: float = 1.0
+    sink: int = 1
+
+    def allows(self, query: Tokens, key: Tokens) -> Tensor:
+        size = prod(query.grid[1:])
+        (i, k), (j, l) = ((t.coords[0], t.raster() % size) for t in (query, key))  # noqa: E741
+        away = (i[:, None] - j).abs()
+        octave = torch.bitwise_left_shift(torch.ones_like(away), away.clamp(min=1).float().log2().int())
+        apart = (k[:, None] - l).abs()
+        near = apart + 1 <= self.width * size / octave
+        same = (apart == 0) & (away % ((octave + size - 1) // size) == 0)
+        return near | same | (j < self.sink)
+
+    def check(self, layout: Layout) -> None:
+        if len(layout.grid) != 3:
+            raise Refused("it needs a grid of frames, rows and columns", "Neighborhood")
+
+
+@dataclass(frozen=True, repr=False)
 class Global(Mask):
     """Some tokens see all others and are seen by them.
 

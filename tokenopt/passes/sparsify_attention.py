@@ -17,7 +17,7 @@ from tokenopt.attention.layout import Layout
 from tokenopt.attention.masks import Full
 from tokenopt.attention.pattern import Lowered, Mask, Pattern, Refused
 from tokenopt.attention.recipe import AttentionRecipe
-from tokenopt.attention.tiles import additive, reference_mask, tile_as
+from tokenopt.attention.tiles import absent_keys, additive, reference_mask, tile_as
 from tokenopt.errors import Refusal, UsageError
 from tokenopt.graph import GraphEditor
 from tokenopt.pipeline import Pass, PassResult
@@ -248,6 +248,14 @@ class _Sparsifier(GraphEditor):
                 bias = self.insert(bias, torch.ops.aten._to_copy.default, bias, dtype=dtype)
             after = after if bias is node.args[3] else bias
             mask = self.insert(after, torch.ops.aten.add.Tensor, mask, bias, like=node)
+        absent = absent_keys(pattern, layout)
+        if absent is not None:  # one zero key more, that counts as many
+            pad = torch.ops.aten.constant_pad_nd.default
+            key, value = (self.insert(node.prev, pad, n, [0, 0, 0, 1], like=node) for n in (key, value))
+            mask = self.insert(node.prev, pad, mask, [0, 1], like=node)
+            beyond = torch.nn.functional.pad(absent.log()[None, ..., None], (layout.total, 0)).to(dtype)
+            mask = self.insert(mask, torch.ops.aten.add.Tensor, mask, self.shared("absent", beyond), like=node)
+            key_bias = key_bias and self.insert(node.prev, pad, key_bias, [0, 1], like=node)
         attention = torch.ops.tokenopt.attention.default
         return self.insert(node.prev, attention, query, key, value, mask, key_bias, like=node, scale=scale)
 

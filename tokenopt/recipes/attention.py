@@ -2,11 +2,60 @@
 
 from __future__ import annotations
 
-from tokenopt.attention import AttentionRecipe, Neighborhood
+from tokenopt.attention import AttentionRecipe, Global, Neighborhood, Permuted, Radial
 
 NAT = AttentionRecipe(
     name="nat",
     summary="each query sees the window of 7 around it, shifted inward at borders",
     paper="Hassani et al., Neighborhood Attention Transformer, CVPR 2023, arXiv:2204.07143",
     pattern=Neighborhood(7),
+)
+
+DINAT = AttentionRecipe(
+    name="dinat",
+    summary="windows of 7, dilated by 2 in every second layer",
+    paper="Hassani and Shi, Dilated Neighborhood Attention Transformer, 2022, arXiv:2209.15001",
+    pattern={"::2": Neighborhood(7), "1::2": Neighborhood(7, dilation=2)},
+)
+
+GNA = AttentionRecipe(
+    name="gna",
+    summary="windows of 8 that 4 x 4 queries share: fewer pairs outside a window are computed",
+    paper="Hassani et al., Generalized Neighborhood Attention, 2025, arXiv:2504.16922",
+    pattern=Neighborhood(8, stride=4),
+)
+
+HALO = AttentionRecipe(
+    name="halo",
+    summary="blocks of 8 see themselves and a halo of 3, with zero keys beyond the border",
+    paper="Vaswani et al., Scaling Local Self-Attention for Parameter Efficient Visual Backbones, arXiv:2103.12731",
+    pattern=Neighborhood(14, stride=8, border="zero"),
+)
+
+SWIN = AttentionRecipe(
+    name="swin",
+    summary="windows of 7 that do not overlap, shifted by 3 in every second layer",
+    paper="Liu et al., Swin Transformer, ICCV 2021, arXiv:2103.14030",
+    pattern={"::2": Neighborhood(7, stride=7), "1::2": Permuted(Neighborhood(7, stride=7), roll=3)},
+)
+
+STA = AttentionRecipe(
+    name="sta",
+    summary="tiles of 4 frames x 8 x 8 see the 3 x 3 x 3 tiles around them",
+    paper="Zhang et al., Fast Video Generation with Sliding Tile Attention, ICML 2025, arXiv:2502.04507",
+    pattern=Neighborhood((12, 24, 24), stride=(4, 8, 8)),
+)
+
+RADIAL = AttentionRecipe(
+    name="radial",
+    summary="a window in space that is halved whenever the distance in time doubles, and the first frame",
+    paper="Li et al., Radial Attention, NeurIPS 2025, arXiv:2506.19852",
+    pattern=Radial(),
+)
+
+STREAMING = AttentionRecipe(
+    name="streaming",
+    summary="each token sees the first 4 and the last 1024",
+    paper="Xiao et al., Efficient Streaming Language Models with Attention Sinks, ICLR 2024, arXiv:2309.17453",
+    pattern=Neighborhood(1024, causal=True, border="truncate") | Global(first=4),
 )

@@ -1,0 +1,175 @@
+"""Attention recipes against the papers' own ways of computing them, written independently, on whole models."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from tokenopt import optimize
+from tokenopt.attention import AttentionRecipe, Layout, Neighborhood, Pattern
+from tokenopt.attention.pattern import Refused
+from tokenopt.recipes import attention as recipes
+from tokenopt.small_models import small_model
+
+
+def attend(pattern: Pattern, layout: Layout, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    """A pattern by the operation it is lowered to."""
+    lowered = pattern.lower(layout)
+    return getattr(torch.ops.tokenopt, lowered.op)(q, k, v, **lowered.tensors, **lowered.settings)
+
+
+def qkv(total: int, heads: int = 2, dim: int = 8) -> tuple[Tensor, Tensor, Tensor]:
+    return tuple(torch.randn(2, heads, total, dim) for _ in range(3))
+
+
+def masked(q: Tensor, k: Tensor, v: Tensor, mask: Tensor) -> Tensor:
+    return F.scaled_dot_product_attention(q, k, v, attn_mask=mask)
+
+
+def layer(recipe: AttentionRecipe, number: int) -> Pattern:
+    found = recipe.pattern_at(number, 12)
+    assert found is not None
+    return found
+
+
+# -- windows -----------------------------------------------------------------------------------------------------------
+
+
+def natten_axis(length: int, window: int, stride: int, dilation: int) -> Tensor:
+    """bool [length, length] for one axis, by loops over the definition in the papers."""
+    mask = torch.zeros(length, length, dtype=torch.bool)
+    for q in range(length):
+        group = list(range(q % dilation, length, dilation))
+        place = group.index(q)
+        leader = min(place // stride * stride + stride // 2, len(group) - 1)
+        left, right = window // 2, window // 2 - (1 - window % 2)
+        centre = max(left, min(leader, len(group) - 1 - right))
+        for k in range(centre - left, centre + right + 1):
+            mask[q, group[k]] = True
+    return mask
+
+
+@pytest.mark.parametrize("name, number", [("NAT", 0), ("DINAT", 0), ("DINAT", 1), ("GNA", 0)])
+def test_windows_as_natten_defines_them(name: str, number: int) -> None:
+    pattern = layer(getattr(recipes, name), number)
+    rows, columns = 14, 16
+    axes = [natten_axis(n, pattern.window, pattern.stride, pattern.dilation) for n in (rows, columns)]
+    mask = (axes[0][:, None, :, None] & axes[1][None, :, None, :]).reshape(rows * columns, -1)
+    assert mask.sum(-1).unique().tolist() == [pattern.window**2]
+    q, k, v = qkv(rows * columns)
+    torch.testing.assert_close(attend(pattern, Layout.of(rows, columns, heads=2), q, k, v), masked(q, k, v, mask))
+
+
+def swin(q: Tensor, k: Tensor, v: Tensor, side: int, window: int, shift: int) -> Tensor:
+    """Window partition with a cyclic shift, and the mask of the regions that it brings together."""
+
+    def partition(x: Tensor) -> Tensor:
+        x = torch.roll(x.unflatten(2, (side, side)), (-shift, -shift), (2, 3))
+        x = x.unflatten(3, (-1, window)).unflatten(2, (-1, window)).transpose(3, 4)
+        return x.flatten(4, 5).flatten(2, 3)
+
+    region = torch.zeros(1, 1, side, side)
+    count = 0
+    parts = (slice(0, -window), slice(-window, -shift), slice(-shift, None)) if shift else (slice(None),)
+    for rows in parts:
+        for columns in parts:
+            region[..., rows, columns] = count
+            count += 1
+    ids = region.unflatten(3, (-1, window)).unflatten(2, (-1, window)).transpose(3, 4).flatten(4, 5).flatten(2, 3)
+    mask = torch.where(ids[..., :, None] == ids[..., None, :], 0.0, -100.0)
+    out = F.scaled_dot_product_attention(*map(partition, (q, k, v)), attn_mask=mask)
+    grid = out.unflatten(3, (window, window)).unflatten(2, (side // window, -1)).transpose(3, 4)
+    return torch.roll(grid.flatten(4, 5).flatten(2, 3), (shift, shift), (2, 3)).flatten(2, 3)
+
+
+@pytest.mark.parametrize("number, shift", [(0, 0), (1, 3)])
+def test_swin(number: int, shift: int) -> None:
+    q, k, v = qkv(14 * 14)
+    expected = swin(q, k, v, 14, 7, shift)
+    torch.testing.assert_close(attend(layer(recipes.SWIN, number), Layout.of(14, 14, heads=2), q, k, v), expected)
+
+
+def test_halo_with_padding_that_attention_sees() -> None:
+    """Keys and values are unfolded behind zero padding, which is not masked."""
+    block, halo, side = 8, 3, 16
+    q, k, v = qkv(side * side)
+
+    def around(x: Tensor) -> Tensor:
+        size = block + 2 * halo
+        windows = F.unfold(x.transpose(2, 3).reshape(4, 8, side, side), size, padding=halo, stride=block)
+        return windows.reshape(2, 2, 8, size * size, -1).permute(0, 1, 4, 3, 2)
+
+    blocks = q.reshape(2, 2, 2, block, 2, block, 8).transpose(3, 4).reshape(2, 2, 4, block * block, 8)
+    out = F.scaled_dot_product_attention(blocks, around(k), around(v))
+    expected = out.reshape(2, 2, 2, 2, block, block, 8).transpose(3, 4).reshape(2, 2, side * side, 8)
+    torch.testing.assert_close(attend(layer(recipes.HALO, 0), Layout.of(side, side, heads=2), q, k, v), expected)
+
+
+def test_sliding_tiles() -> None:
+    """By the numbers of tiles, with the centre of the kernel clamped to the canvas; sizes smaller than the recipe's."""
+    grid, tile, kernel = (6, 8, 8), (2, 2, 2), (3, 3, 3)
+    pattern = recipes.STA.with_settings({"window": [6, 6, 6], "stride": [2, 2, 2]}).pattern_at(0, 1)
+    places = torch.cartesian_prod(*(torch.arange(n) for n in grid))
+    mask = torch.ones(len(places), len(places), dtype=torch.bool)
+    for axis in range(3):
+        at = places[:, axis] // tile[axis]
+        centre = at.clamp(kernel[axis] // 2, grid[axis] // tile[axis] - 1 - kernel[axis] // 2)
+        mask &= (centre[:, None] - at).abs() <= kernel[axis] // 2
+    q, k, v = qkv(math.prod(grid))
+    torch.testing.assert_close(attend(pattern, Layout.of(*grid, heads=2), q, k, v), masked(q, k, v, mask))
+
+
+def test_radial() -> None:
+    frames, rows, columns = 10, 2, 2
+    size = rows * columns
+    mask = torch.zeros(frames * size, frames * size, dtype=torch.bool)
+    for i in range(frames):
+        for j in range(frames):
+            octave = 2 ** math.floor(math.log2(max(abs(i - j), 1)))
+            for k in range(size):
+                for n in range(size):
+                    near = octave <= size and abs(k - n) + 1 <= size / octave
+                    same = abs(i - j) % math.ceil(octave / size) == 0 and k == n
+                    mask[i * size + k, j * size + n] = near or same or j == 0
+    assert not mask.all()
+    q, k, v = qkv(len(mask))
+    out = attend(layer(recipes.RADIAL, 0), Layout.of(frames, rows, columns, heads=2), q, k, v)
+    torch.testing.assert_close(out, masked(q, k, v, mask))
+    with pytest.raises(Refused, match="frames"):
+        layer(recipes.RADIAL, 0).lower(Layout.of(8, 8))
+
+
+def test_streaming() -> None:
+    pattern = recipes.STREAMING.with_settings({"window": 6, "first": 2}).pattern_at(0, 1)
+    at = torch.arange(24)
+    mask = (at[:, None] >= at) & ((at[:, None] - at < 6) | (at < 2))
+    q, k, v = qkv(24)
+    out = attend(pattern, Layout.of(24, heads=2, causal=True), q, k, v)
+    torch.testing.assert_close(out, masked(q, k, v, mask))
+
+
+# -- whole models ------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name, settings", [
+    ("DINAT", {"window": 3}), ("GNA", {"window": 4, "stride": 2}), ("HALO", {"window": 6, "stride": 4}),
+    ("SWIN", {"window": 4, "stride": 4, "roll": 2}),
+])  # fmt: skip
+def test_on_a_vision_transformer(name: str, settings: dict[str, int]) -> None:
+    model, x = small_model()
+    result = optimize(model, x, recipe=getattr(recipes, name), settings=settings, min_speedup=0)
+    assert len(result.report.edits) == 3
+    assert {row["check"] for row in result.report.parity} == {"capture", "identity", "pattern"}
+    assert all(row["passed"] for row in result.report.parity)
+
+
+def test_every_layer_has_a_pattern() -> None:
+    for recipe in vars(recipes).values():
+        if isinstance(recipe, AttentionRecipe):
+            assert all(recipe.pattern_at(i, 12) is not None for i in range(12)), recipe.name
+            assert AttentionRecipe.from_dict(recipe.to_dict()).pattern == recipe.pattern
+    assert recipes.SWIN.pattern_at(2, 3) == Neighborhood(7, stride=7)
