@@ -1,11 +1,13 @@
 """Attention patterns: what each query may see, on a grid, whatever kernel computes it."""
 
 from tokenopt.attention.layout import Layout, Tokens
+from tokenopt.attention.lowrank import Agent, PooledKV
 from tokenopt.attention.masks import Band, BlockMap, Concentric, Full, Global, Neighborhood, Nothing, Radial, Stripe
 from tokenopt.attention.pattern import Mask, On, Pattern, PerHead, Permuted, on, parse, per_head, permuted
 from tokenopt.attention.recipe import AttentionRecipe
 
 __all__ = [
-    "AttentionRecipe", "Band", "BlockMap", "Concentric", "Full", "Global", "Layout", "Mask", "Neighborhood", "Nothing",
-    "On", "Pattern", "PerHead", "Permuted", "Radial", "Stripe", "Tokens", "on", "parse", "per_head", "permuted",
+    "Agent", "AttentionRecipe", "Band", "BlockMap", "Concentric", "Full", "Global", "Layout", "Mask", "Neighborhood",
+    "Nothing", "On", "Pattern", "PerHead", "Permuted", "PooledKV", "Radial", "Stripe", "Tokens", "on", "parse",
+    "per_head", "permuted",
 ]  # fmt: skip

@@ -67,12 +67,12 @@ class Tiles:
     @property
     def predicted(self) -> float:
         """Speed-up of attention by the cost model."""
-        rows = len(self.rows) * self.layout.total
-        return self.layout.total**2 / (rows + _cost(self.queries.shape[1], self.queries.shape[2], self.keys.shape[2]))
+        cost = tile_cost(*self.queries.shape[1:], self.keys.shape[2])
+        return self.layout.total**2 / (len(self.rows) * self.layout.total + cost)
 
-
-    def lowered(self) -> Lowered:
-        """The call of ``tokenopt::tiled_attention``."""
+    @property
+    def tensors(self) -> dict[str, Tensor]:
+        """The tables as operands of ``tokenopt::tiled_attention``."""
         tensors = {"queries": self.queries, "keys": self.keys, "order": self.order, "rows": self.rows}
         if self.mask is not None:
             tensors["mask"] = additive(self.mask[0] if len(self.mask) == 1 else self.mask)
@@ -80,7 +80,11 @@ class Tiles:
             tensors["row_mask"] = additive(self.row_mask)
         if self.absent is not None:
             tensors["absent"] = self.absent.log()
-        return Lowered("tiled_attention", tensors, {}, self.ideal, self.tile, self.predicted, self)
+        return tensors
+
+    def lowered(self) -> Lowered:
+        """The call of ``tokenopt::tiled_attention``."""
+        return Lowered("tiled_attention", self.tensors, {}, self.ideal, self.tile, self.predicted, self)
 
 
 def additive(mask: Tensor) -> Tensor:
@@ -88,7 +92,8 @@ def additive(mask: Tensor) -> Tensor:
     return torch.zeros(mask.shape).masked_fill_(~mask, float("-inf"))
 
 
-def _cost(tiles: int, queries: int, keys: int) -> float:
+def tile_cost(tiles: int, queries: int, keys: int) -> float:
+    """What attention in tiles costs, in pairs of dense attention."""
     return tiles * (queries * keys * _PAIR + keys * _KEY + _TILE)
 
 
@@ -109,6 +114,14 @@ def tile_as(pattern: Mask, layout: Layout, queries: Tensor) -> Tiles:
     """The tables of a mask in given tiles of queries, [H, T, Q]."""
     heads = list(pattern.by_head(layout.heads)) * len(queries)
     return _joined(heads, layout, [(q, _width(head, layout, q)) for head, q in zip(heads, queries, strict=True)])
+
+
+def one_tile(layout: Layout) -> Tiles:
+    """All queries on the grid in one tile, which sees the tokens off the grid and no other."""
+    queries = torch.arange(layout.start, layout.start + layout.count)[None, None]
+    rows = torch.tensor(layout.others, dtype=torch.int64)
+    seen = len(rows) * (layout.count + layout.total)
+    return Tiles(layout, queries, rows[None, None], None, _order(queries, rows, layout), rows, None, None, seen)
 
 
 def _joined(heads: list[Mask], layout: Layout, tilings: list[tuple[Tensor, int]]) -> Tiles:
@@ -155,7 +168,7 @@ def _best_tiling(pattern: Mask, layout: Layout) -> tuple[Tensor, int]:
     for tiling in _distinct(pattern.tilings(layout)):
         queries = tiling + layout.start
         width = _width(pattern, layout, queries)
-        cost = _cost(*queries.shape, width)
+        cost = tile_cost(*queries.shape, width)
         if best is None or cost < best[0]:
             best = cost, queries, width
     assert best is not None, "every pattern has a tiling"

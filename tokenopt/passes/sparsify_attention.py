@@ -78,7 +78,7 @@ class SparsifyAttention(Pass):
         try:
             layout = layout_of(site)
             lowered = _lowered(pattern, layout)
-            if lowered.tiles is None and (site.node.args[3:] and site.node.args[3] is not None or site.causal):
+            if lowered.tiles is None and (any(a is not None for a in site.node.args[3:5]) or site.causal):
                 raise Refused("the attention has a mask or a bias, and this pattern takes none", "a window takes one")
             if lowered.predicted < self.min_speedup:
                 why = f"{lowered.predicted:.2f}x is predicted for this attention, and {self.min_speedup:g}x asked for"

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from tokenopt.attention import AttentionRecipe, Global, Neighborhood, Permuted, Radial
+from tokenopt.attention import Agent, AttentionRecipe, Global, Neighborhood, Permuted, PooledKV, Radial
 
 NAT = AttentionRecipe(
     name="nat",
@@ -58,4 +58,28 @@ STREAMING = AttentionRecipe(
     summary="each token sees the first 4 and the last 1024",
     paper="Xiao et al., Efficient Streaming Language Models with Attention Sinks, ICLR 2024, arXiv:2309.17453",
     pattern=Neighborhood(1024, causal=True, border="truncate") | Global(first=4),
+)
+
+AGENT = AttentionRecipe(
+    name="agent",
+    summary="7 x 7 agents pooled from the queries stand between queries and keys, as AgentSD does it without training",
+    paper="Han et al., Agent Attention, ECCV 2024, arXiv:2312.08874",
+    pattern=Agent(7, power=0.3, shortcut=0.075),
+)
+
+TRANSNEXT = AttentionRecipe(
+    name="transnext",
+    summary="the window of 3 around each query and keys pooled by 4, in one softmax",
+    paper="Shi, TransNeXt: Robust Foveal Visual Perception for Vision Transformers, CVPR 2024, arXiv:2311.17132",
+    pattern=PooledKV(4, near=Neighborhood(3, border="truncate")),
+)
+
+PT_DIT = AttentionRecipe(
+    name="pt-dit",
+    summary="the means of 4 x 4 windows and the own window, which is shifted in every second layer",
+    paper="Wang et al., Qihoo-T2X: An Efficient Proxy-Tokenized Diffusion Transformer, ICLR 2025, arXiv:2409.04005",
+    pattern={
+        "::2": PooledKV(4, near=Neighborhood(4, stride=4)),
+        "1::2": PooledKV(4, near=Permuted(Neighborhood(4, stride=4), roll=2)),
+    },
 )
