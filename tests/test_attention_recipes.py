@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from tokenopt import optimize
-from tokenopt.attention import AttentionRecipe, Layout, Neighborhood, Pattern
+from tokenopt.attention import AttentionRecipe, Layout, Neighborhood, Pattern, parse
 from tokenopt.attention.pattern import Refused
 from tokenopt.recipes import attention as recipes
 from tokenopt.small_models import small_model
@@ -149,6 +149,29 @@ def test_streaming() -> None:
     mask = (at[:, None] >= at) & ((at[:, None] - at < 6) | (at < 2))
     q, k, v = qkv(24)
     out = attend(pattern, Layout.of(24, heads=2, causal=True), q, k, v)
+    torch.testing.assert_close(out, masked(q, k, v, mask))
+
+
+def test_yopo() -> None:
+    """Patches see patches two rows and columns away; in an inactive head text sees no patch, and patches only text."""
+    rows, columns, before, after = 6, 7, 3, 4
+    count, total = rows * columns, before + rows * columns + after
+    segments = (("prompt", 0, before), ("patch", before, count), ("text", before + count, after))
+    where = Layout(total, before, (rows, columns), segments, heads=2)
+    mask = torch.ones(2, total, total, dtype=torch.bool)
+    for i in range(count):
+        for j in range(count):
+            (a, b), (c, d) = divmod(i, columns), divmod(j, columns)
+            mask[:, before + i, before + j] = abs(a - c) <= 2 and abs(b - d) <= 2
+    q, k, v = qkv(total)
+    torch.testing.assert_close(attend(layer(recipes.YOPO, 0), where, q, k, v), masked(q, k, v, mask))
+    mask[1, before + count :, before : before + count] = False
+    mask[1, before : before + count, before : before + count] = torch.eye(count, dtype=torch.bool)
+    near = layer(recipes.YOPO, 0)
+    off = "on('patch', 'patch', Nothing()) & on('text', 'patch', Nothing())"
+    pattern = parse(f"per_head([{near}, {off}])")
+    lowered = pattern.lower(where)
+    out = torch.ops.tokenopt.tiled_attention(q, k, v, **lowered.tensors)
     torch.testing.assert_close(out, masked(q, k, v, mask))
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from tokenopt.attention import Agent, AttentionRecipe, Global, Neighborhood, Permuted, PooledKV, Radial
+from tokenopt.attention import Agent, AttentionRecipe, Global, Neighborhood, Permuted, PooledKV, Radial, on
 
 NAT = AttentionRecipe(
     name="nat",
@@ -82,4 +82,11 @@ PT_DIT = AttentionRecipe(
         "::2": PooledKV(4, near=Neighborhood(4, stride=4)),
         "1::2": PooledKV(4, near=Permuted(Neighborhood(4, stride=4), roll=2)),
     },
+)
+
+YOPO = AttentionRecipe(
+    name="yopo",
+    summary="patches see each other within 2 rows and columns only; all other tokens see and are seen as before",
+    paper="Zhang et al., Treat Visual Tokens as Text? But Your MLLM Only Needs Fewer Efforts to See, arXiv:2410.06169",
+    pattern=on("patch", "patch", Neighborhood(5, border="truncate")),
 )
