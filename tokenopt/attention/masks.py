@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from math import prod
+from typing import ClassVar
 
 import torch
 from torch import Tensor
@@ -21,6 +22,8 @@ BORDERS = ("shift", "truncate", "zero")
 class Full(Mask):
     """Every query sees every key."""
 
+    anywhere: ClassVar[bool] = True
+
     def allows(self, query: Tokens, key: Tokens) -> Tensor:
         return torch.ones(len(query.index), len(key.index), dtype=torch.bool)
 
@@ -28,6 +31,8 @@ class Full(Mask):
 @dataclass(frozen=True, repr=False)
 class Nothing(Mask):
     """No query on the grid sees a key on the grid but itself."""
+
+    anywhere: ClassVar[bool] = True
 
     def allows(self, query: Tokens, key: Tokens) -> Tensor:
         return query.index[:, None] == key.index
@@ -41,7 +46,7 @@ class Neighborhood(Mask):
     borders, so that every query sees exactly ``prod(window)`` keys.
 
     Attributes:
-        window: keys per axis; an axis that is shorter is seen whole.
+        window: keys per axis; an axis that is shorter is seen whole, where windows shift.
         stride: queries that share the window of their middle one; ``stride == window`` makes blocks.
         dilation: steps between the keys of a window.
         causal: per axis, whether keys after the query are hidden; the window ends at the query then.
@@ -60,14 +65,13 @@ class Neighborhood(Mask):
     border: str = "shift"
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         if self.border not in BORDERS:
             raise UsageError(f"there is no border {self.border!r}", hint=f"one of {', '.join(BORDERS)}")
         for name in ("window", "stride", "dilation"):
             value = getattr(self, name)
-            sizes = value if isinstance(value, (tuple, list)) else (value,)
-            if not all(isinstance(v, int) and v > 0 for v in sizes):
+            if not all(v > 0 for v in (value if isinstance(value, tuple) else (value,))):
                 raise UsageError(f"{name}={value!r} of Neighborhood is not positive", hint=f"{name}=3 or {name}=(3, 5)")
-            object.__setattr__(self, name, tuple(value) if isinstance(value, list) else value)
 
     def allows(self, query: Tokens, key: Tokens) -> Tensor:
         allowed = torch.ones(len(query.index), len(key.index), dtype=torch.bool)
@@ -91,13 +95,14 @@ class Neighborhood(Mask):
         rank = len(grid)
         window, stride, dilation = (each(v, rank) for v in (self.window, self.stride, self.dilation))
         causal = each(self.causal, rank)
-        window = tuple(min(w, n // d) for w, n, d in zip(window, grid, dilation, strict=True))
+        if self.border == "shift":
+            window = tuple(min(w, n // d) for w, n, d in zip(window, grid, dilation, strict=True))
         for w, s, d, n in zip(window, stride, dilation, grid, strict=True):
-            if w < 1:
+            if d > n:
                 raise Refused(f"a dilation of {d} is longer than an axis of {n}", "a smaller dilation")
             if s > w and w < n // d:
                 raise Refused(f"a stride of {s} leaves gaps between windows of {w}", "a stride of at most the window")
-        return window, tuple(map(min, stride, (max(w, 1) for w in window))), dilation, causal
+        return window, tuple(map(min, stride, window)), dilation, causal
 
     def bounds(
         self, q: Tensor, length: int, window: int, stride: int, dilation: int, causal: bool
@@ -142,7 +147,7 @@ class Neighborhood(Mask):
 
     def check(self, layout: Layout) -> None:
         _, _, _, causal = self.resolved(layout.grid)
-        if self.border == "zero" and any(causal):
+        if self.border == "zero" and (layout.causal or any(causal)):
             raise Refused("zero keys beyond the border are before the first query", "border='truncate'")
 
     def tilings(self, layout: Layout) -> Iterator[Tensor]:
@@ -168,7 +173,8 @@ class Stripe(Mask):
     cols: int = 0
 
     def __post_init__(self) -> None:
-        if (self.rows > 0) == (self.cols > 0):
+        super().__post_init__()
+        if min(self.rows, self.cols) < 0 or (self.rows > 0) == (self.cols > 0):
             raise UsageError("a stripe is of rows or of columns", hint="Stripe(rows=2) | Stripe(cols=2)")
 
     def allows(self, query: Tokens, key: Tokens) -> Tensor:
@@ -201,6 +207,11 @@ class Band(Mask):
     axis: int = -1
     decay: int | None = None
     step: int = 1
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.width < 0 or self.step < 1:
+            raise UsageError(f"{self} has no width or step", hint="Band(4), Band(8, decay=0, step=2)")
 
     def allows(self, query: Tokens, key: Tokens) -> Tensor:
         distance = (query.coords[self.axis][:, None] - key.coords[self.axis]).abs()
@@ -290,7 +301,7 @@ class BlockMap(Mask):
     map: tuple[tuple[int, ...], ...]
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "map", tuple(tuple(row) for row in self.map))
+        super().__post_init__()
         if self.block < 1:
             raise UsageError(f"block={self.block} of BlockMap is not positive")
 
@@ -304,7 +315,8 @@ class BlockMap(Mask):
     def check(self, layout: Layout) -> None:
         count = -(-layout.count // self.block)
         if len(self.map) != count or any(not 0 <= c < count for row in self.map for c in row):
-            raise Refused(f"{layout.count} tokens are {count} blocks of {self.block}, and the map has {len(self.map)}")
+            why = f"{layout.count} tokens are {count} blocks of {self.block}, and the map has {len(self.map)}"
+            raise Refused(why, f"for each of {count} blocks of queries those of keys, 0 to {count - 1}")
 
     def tilings(self, layout: Layout) -> Iterator[Tensor]:
         yield from box_tilings((layout.count,), (), [(self.block,)])

@@ -5,9 +5,11 @@ from __future__ import annotations
 import ast
 import inspect
 from collections.abc import Iterator, Sequence
-from dataclasses import MISSING, dataclass, fields
+from dataclasses import MISSING, dataclass, fields, replace
+from functools import cache, partial
 from itertools import product
-from typing import Any, ClassVar
+from types import UnionType
+from typing import Any, ClassVar, Union, get_args, get_origin, get_type_hints
 
 import torch
 from torch import Tensor
@@ -52,6 +54,9 @@ class Pattern:
     Attributes:
         subset: whether it is the softmax over a subset of the keys, and so equals dense attention where that is all of
             them. The others are a different softmax.
+
+    Raises:
+        UsageError: for a setting of the wrong type.
     """
 
     subset: ClassVar[bool] = False
@@ -60,6 +65,14 @@ class Pattern:
     def __init_subclass__(cls, **options: Any) -> None:
         super().__init_subclass__(**options)
         Pattern._known[cls.__name__] = cls
+
+    def __post_init__(self) -> None:
+        for name, wanted in _types(type(self)).items():
+            value = _frozen(getattr(self, name))
+            if not _fits(value, wanted):
+                names = " or ".join(getattr(o, "__name__", str(o)) for o in get_args(wanted) or (wanted,))
+                raise UsageError(f"{name}={value!r} of {type(self).__name__} is not of type {names}")
+            object.__setattr__(self, name, value)
 
     def lower(self, layout: Layout) -> Lowered:
         """The operation and its tables on one layout.
@@ -87,9 +100,14 @@ class Pattern:
 
 
 class Mask(Pattern):
-    """A pattern that says of every pair of tokens whether the query sees the key."""
+    """A pattern that says of every pair of tokens whether the query sees the key.
+
+    Attributes:
+        anywhere: whether it asks for no place on the grid, and so can be of tokens that have none.
+    """
 
     subset: ClassVar[bool] = True
+    anywhere: ClassVar[bool] = False
 
     def lower(self, layout: Layout) -> Lowered:
         """Attention in tiles."""
@@ -171,14 +189,13 @@ class _Pair(Mask):
 
     def by_head(self, heads: int) -> Sequence[Mask]:
         a, b = self.a.by_head(heads), self.b.by_head(heads)
-        if len(a) == len(b) == 1:
-            return (self,)
-        every = lambda parts: parts * heads if len(parts) == 1 else parts  # noqa: E731
+        count = max(len(a), len(b))
+        every = lambda parts: parts * count if len(parts) == 1 else parts  # noqa: E731
         return [type(self)(x, y) for x, y in zip(every(a), every(b), strict=True)]
 
     def check(self, layout: Layout) -> None:
-        self.a.check(layout)
-        self.b.check(layout)
+        for pattern in (self.a, self.b):
+            _check_within(pattern, layout)
 
     def tilings(self, layout: Layout) -> Iterator[Tensor]:
         yield from self.a.tilings(layout)
@@ -226,7 +243,7 @@ class PerHead(Mask):
     patterns: tuple[Mask, ...]
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "patterns", tuple(self.patterns))
+        super().__post_init__()
         if not self.patterns:
             raise UsageError("per_head needs a pattern", hint="per_head([Stripe(rows=1), Stripe(cols=1)])")
 
@@ -261,14 +278,16 @@ class On(Mask):
         return self.pattern.allows(query, key) | ~(_within(self.query, query)[:, None] & _within(self.key, key))
 
     def by_head(self, heads: int) -> Sequence[Mask]:
-        parts = self.pattern.by_head(heads)
-        return (self,) if len(parts) == 1 else [On(self.query, self.key, p) for p in parts]
+        return [replace(self, pattern=p) for p in self.pattern.by_head(heads)]
 
     def check(self, layout: Layout) -> None:
         for name in (self.query, self.key):
-            if layout.segment(name) is None:
+            found = layout.segment(name)
+            if found is None:
                 raise Refused(f"there is no segment '{name}'", f"one of {', '.join(s[0] for s in layout.segments)}")
-        self.pattern.check(layout)
+            if not self.pattern.anywhere and found != (layout.start, layout.count):
+                raise Refused(f"{self.pattern} is on a grid, and '{name}' is not", "Nothing() or Full() are not")
+        _check_within(self.pattern, layout)
 
     def tilings(self, layout: Layout) -> Iterator[Tensor]:
         yield from self.pattern.tilings(layout)
@@ -299,15 +318,13 @@ class Permuted(Mask):
     def allows(self, query: Tokens, key: Tokens) -> Tensor:
         moved = [self._moved(t) for t in (query, key)]
         allowed = self.pattern.allows(*moved)
-        for axis, shift in enumerate(each(self.roll, len(query.grid))):
-            if shift:
-                a, b = (t.coords[axis] < shift for t in (query, key))
-                allowed &= a[:, None] == b
+        for axis, (shift, n) in enumerate(zip(each(self.roll, len(query.grid)), query.grid, strict=True)):
+            a, b = (t.coords[axis] < shift % n for t in (query, key))
+            allowed = allowed & (a[:, None] == b)
         return allowed
 
     def by_head(self, heads: int) -> Sequence[Mask]:
-        parts = self.pattern.by_head(heads)
-        return (self,) if len(parts) == 1 else [Permuted(p, self.axes, self.roll, self.flat) for p in parts]
+        return [replace(self, pattern=p) for p in self.pattern.by_head(heads)]
 
     def check(self, layout: Layout) -> None:
         rank = len(layout.grid)
@@ -316,7 +333,7 @@ class Permuted(Mask):
                 raise Refused("anti-diagonals need a grid of two axes", "name the axes")
         elif self.axes and sorted(self.axes) != list(range(rank)):
             raise Refused(f"the grid has {rank} axes, and not {self.axes}", f"an order of {tuple(range(rank))}")
-        self.pattern.check(self._layout(layout))
+        _check_within(self.pattern, self._layout(layout))
 
     def tilings(self, layout: Layout) -> Iterator[Tensor]:
         inner = self._layout(layout)
@@ -326,8 +343,7 @@ class Permuted(Mask):
             yield place[tiling]
 
     def _layout(self, layout: Layout) -> Layout:
-        first = self._moved(layout.at(torch.arange(layout.start, layout.start + 1)))
-        return Layout(layout.count, 0, first.grid, (), layout.heads, layout.head_dim, layout.causal)
+        return replace(layout, grid=self._moved(layout.at(torch.arange(1))).grid)
 
     def _moved(self, tokens: Tokens) -> Tokens:
         coords, grid = tokens.coords, tokens.grid
@@ -361,6 +377,13 @@ def each(value: Any, rank: int) -> tuple[Any, ...]:
     return tuple(value)
 
 
+def _check_within(pattern: Mask, layout: Layout) -> None:
+    """Raises: Refused if a pattern means nothing within another one on this layout."""
+    if getattr(pattern, "border", "") == "zero":
+        raise Refused("zero keys beyond the border are no mask, to be joined with others", "border='truncate'")
+    pattern.check(layout)
+
+
 def per_head(patterns: Sequence[Mask]) -> PerHead:
     """The patterns of equal runs of heads."""
     return PerHead(tuple(patterns))
@@ -376,6 +399,7 @@ def permuted(order: Any, pattern: Mask, *, flat: bool = False) -> Permuted:
     return Permuted(pattern, order if isinstance(order, str) else tuple(order), flat=flat)
 
 
+_DEPTH = 60  # of a text; more than any pattern needs
 _FUNCTIONS = {"per_head": per_head, "on": on, "permuted": permuted}
 
 
@@ -388,11 +412,9 @@ def parse(text: str | Pattern) -> Pattern:
     if isinstance(text, Pattern):
         return text
     try:
-        found = _evaluate(ast.parse(text.strip(), mode="eval").body)
-    except (SyntaxError, ValueError, RecursionError) as error:
+        found = _evaluate(ast.parse(str(text).strip(), mode="eval").body)
+    except (SyntaxError, TypeError, ValueError, RecursionError, MemoryError) as error:
         raise UsageError(f"not a pattern: {text!r}", why=str(error).split("\n")[0], hint="Neighborhood(7)") from error
-    except TypeError as error:
-        raise UsageError(f"not a pattern: {text!r}", why=str(error)) from error
     if not isinstance(found, Pattern):
         raise UsageError(f"not a pattern: {text!r}", hint=f"one of {', '.join(names())}")
     return found
@@ -403,9 +425,12 @@ def names() -> list[str]:
     return sorted(n for n, c in Pattern._known.items() if not n.startswith("_") and n not in ("Mask", "Or", "And"))
 
 
-def _evaluate(node: ast.expr) -> Any:
+def _evaluate(node: ast.expr, depth: int = 0) -> Any:
+    if depth > _DEPTH:
+        raise ValueError(f"it is nested more than {_DEPTH} deep")
+    evaluate = partial(_evaluate, depth=depth + 1)
     if isinstance(node, ast.BinOp) and isinstance(node.op, (ast.BitOr, ast.BitAnd)):
-        a, b = _evaluate(node.left), _evaluate(node.right)
+        a, b = evaluate(node.left), evaluate(node.right)
         if not (isinstance(a, Mask) and isinstance(b, Mask)):
             raise ValueError("only masks are combined")
         return Or(a, b) if isinstance(node.op, ast.BitOr) else And(a, b)
@@ -415,12 +440,33 @@ def _evaluate(node: ast.expr) -> Any:
             raise ValueError(f"there is no {node.func.id}; there are {', '.join(names())}")
         if any(k.arg is None for k in node.keywords):
             raise ValueError("** is not read")
-        return factory(*map(_evaluate, node.args), **{k.arg: _evaluate(k.value) for k in node.keywords})
+        return factory(*map(evaluate, node.args), **{k.arg: evaluate(k.value) for k in node.keywords})
     if isinstance(node, (ast.Tuple, ast.List)):
-        return tuple(map(_evaluate, node.elts))
+        return tuple(map(evaluate, node.elts))
     return ast.literal_eval(node)
 
 
 def _text(value: Any) -> str:
     return f"[{', '.join(map(_text, value))}]" if isinstance(value, tuple) and any(
         isinstance(v, Pattern) for v in value) else repr(value)  # fmt: skip
+
+
+@cache
+def _types(cls: type) -> dict[str, Any]:
+    hints = get_type_hints(cls)
+    return {f.name: hints[f.name] for f in fields(cls)}
+
+
+def _frozen(value: Any) -> Any:
+    return tuple(map(_frozen, value)) if isinstance(value, (list, tuple)) else value
+
+
+def _fits(value: Any, wanted: Any) -> bool:
+    """Whether a value is of a type: a class, a tuple of one, or a union."""
+    if get_origin(wanted) in (Union, UnionType):
+        return any(_fits(value, option) for option in get_args(wanted))
+    if get_origin(wanted) is tuple:
+        return isinstance(value, tuple) and all(_fits(v, get_args(wanted)[0]) for v in value)
+    if wanted in (int, bool):
+        return type(value) is wanted and abs(value) < 2**31
+    return not isinstance(wanted, type) or isinstance(value, wanted)

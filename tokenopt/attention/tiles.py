@@ -17,10 +17,10 @@ from tokenopt.attention.pattern import Lowered, Mask, Refused
 
 _PAIRS = 2**25  # pairs of tokens looked at in one go
 
-# What a tile costs in units of one query-key pair of dense attention, fitted to ONNX Runtime and torch on CPUs
-# (benchmarks/attention.py): pairs in small batched products run at about three quarters of the speed of dense ones, and
-# gathering a key and its value, and opening a tile, cost so many pairs.
-_PAIR, _KEY, _TILE = 1.25, 8.0, 3000.0
+# What tiles cost in units of one query-key pair of dense attention, fitted to ONNX Runtime on a CPU with AVX-512
+# (benchmarks/attention.py): a pair in small batched products with a mask costs about two of dense ones, and gathering a
+# key with its value, opening a tile, and gathering a query and its result cost so many pairs.
+_PAIR, _KEY, _TILE, _QUERY = 1.9, 22.0, 3500.0, 55.0
 
 
 @dataclass(frozen=True)
@@ -33,8 +33,8 @@ class Tiles:
         mask: bool [H, T, Q, K], which pairs are seen; None where all are.
         order: int64 [H, N] where each token's result lies behind the tiles' results and the rows'.
         rows: int64 [E] positions of the queries that are not on the grid, which attend densely.
-        row_mask: bool [E, N], what they see; None where they see all.
-        absent: float [H, T, Q] number of zero keys that each query sees besides; None where there are none.
+        row_mask: bool [H, E, N], what they see; None where they see all.
+        absent: float64 [H, T, Q] number of zero keys that each query sees besides; None where there are none.
         seen: pairs of tokens that the pattern lets see each other, mean over heads.
     """
 
@@ -94,7 +94,7 @@ def additive(mask: Tensor) -> Tensor:
 
 def tile_cost(tiles: int, queries: int, keys: int) -> float:
     """What attention in tiles costs, in pairs of dense attention."""
-    return tiles * (queries * keys * _PAIR + keys * _KEY + _TILE)
+    return tiles * (queries * (keys * _PAIR + _QUERY) + keys * _KEY + _TILE)
 
 
 def tile(pattern: Mask, layout: Layout) -> Tiles:
@@ -130,10 +130,9 @@ def _joined(heads: list[Mask], layout: Layout, tilings: list[tuple[Tensor, int]]
     tables = [_grown(p, *most) for p in parts]
     queries, keys, mask = (torch.stack(column) for column in zip(*tables, strict=True))
     rows = torch.tensor(layout.others, dtype=torch.int64)
-    row_mask = heads[0].visible(layout.at(rows), layout.tokens()) if len(rows) else torch.ones(0, 0, dtype=torch.bool)
-    if layout.causal and len(rows):
-        row_mask &= rows[:, None] >= torch.arange(layout.total)
-    seen = sum(p[3] for p in parts) / len(parts) + int(row_mask.sum())
+    row_mask = torch.cat([seen for head in heads for _, seen in _visible(head, layout, rows[None])])
+    seen = (sum(p[3] for p in parts) + int(row_mask.sum())) / len(parts)
+    row_mask = row_mask if bool((row_mask != row_mask[:1]).any()) else row_mask[:1]
     return Tiles(
         layout, queries, keys, None if bool(mask.all()) else mask, _order(queries, rows, layout), rows,
         None if bool(row_mask.all()) else row_mask, _absent(heads, layout, queries), seen,
@@ -150,16 +149,16 @@ def reference_mask(pattern: Mask, layout: Layout) -> Tensor:
 
 
 def absent_keys(pattern: Mask, layout: Layout) -> Tensor | None:
-    """[H, N]: how many zero keys each query sees besides; None where there are none."""
-    count = [_zero_keys(head, layout) for head in pattern.by_head(layout.heads)]
-    return None if any(c is None for c in count) else torch.stack(count)
+    """int64 [H, N]: how many zero keys each query sees besides; None where there are none."""
+    return _zero_keys(pattern.by_head(layout.heads), layout)
 
 
-def _zero_keys(pattern: Mask, layout: Layout) -> Tensor | None:
-    absent = getattr(pattern, "absent", None)
+def _zero_keys(heads: Sequence[Mask], layout: Layout) -> Tensor | None:
     tokens = layout.tokens()
-    found = absent(tokens) if absent is not None else None
-    return None if found is None else found * tokens.on_grid
+    counts = [getattr(head, "absent", lambda _: None)(tokens) for head in heads]
+    if all(c is None for c in counts):
+        return None
+    return torch.stack([tokens.on_grid * (0 if c is None else c) for c in counts])
 
 
 def _best_tiling(pattern: Mask, layout: Layout) -> tuple[Tensor, int]:
@@ -192,7 +191,7 @@ def _distinct(tilings: Iterator[Tensor]) -> Iterator[Tensor]:
 def _visible(pattern: Mask, layout: Layout, queries: Tensor) -> Iterator[tuple[slice, Tensor]]:
     """bool [t, Q, N] for some tiles at a time: what their queries see."""
     tokens = layout.tokens()
-    step = max(_PAIRS // (queries.shape[1] * layout.total), 1)
+    step = max(_PAIRS // max(queries.shape[1] * layout.total, 1), 1)
     for first in range(0, len(queries), step):
         part = queries[first : first + step]
         seen = pattern.visible(layout.at(part.flatten()), tokens).reshape(*part.shape, layout.total)
@@ -242,8 +241,7 @@ def _order(queries: Tensor, rows: Tensor, layout: Layout) -> Tensor:
 
 
 def _absent(heads: Sequence[Mask], layout: Layout, queries: Tensor) -> Tensor | None:
-    counts = [_zero_keys(head, layout) for head in heads]
-    if all(c is None or not bool(c.any()) for c in counts):
+    counts = _zero_keys(heads, layout)
+    if counts is None or not bool(counts.any()):
         return None
-    none = torch.zeros(layout.total, dtype=torch.int64)
-    return torch.stack([(none if c is None else c)[q] for c, q in zip(counts, queries, strict=True)]).float()
+    return counts.gather(1, queries.flatten(1)).reshape(queries.shape).double()
