@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 
 import pytest
@@ -11,7 +12,9 @@ from torch import Tensor
 
 from tokenopt import optimize
 from tokenopt.attention import AttentionRecipe, Layout, Neighborhood, Pattern, parse
+from tokenopt.attention.paro import choose
 from tokenopt.attention.pattern import Refused
+from tokenopt.errors import UsageError
 from tokenopt.recipes import attention as recipes
 from tokenopt.small_models import small_model
 
@@ -196,3 +199,57 @@ def test_every_layer_has_a_pattern() -> None:
             assert all(recipe.pattern_at(i, 12) is not None for i in range(12)), recipe.name
             assert AttentionRecipe.from_dict(recipe.to_dict()).pattern == recipe.pattern
     assert recipes.SWIN.pattern_at(2, 3) == Neighborhood(7, stride=7)
+
+
+# -- learned from data -------------------------------------------------------------------------------------------------
+
+
+def test_paro_finds_the_order_in_which_attention_is_blocks() -> None:
+    """A head attends within columns, one within rows: in its own order each is two blocks of the diagonal."""
+    place = torch.arange(16)
+    rows, columns = place // 4, place % 4
+    heads = [(a[:, None] == a).float() / 4 for a in (columns, rows)]
+    found = choose(torch.stack(heads), (4, 4), 8, 0.5)
+    columns_first, rows_first = (f"permuted({o}, BlockMap(8, ((0,), (1,))), flat=True)" for o in ((1, 0), (0, 1)))
+    assert found == parse(f"per_head([{columns_first}, {rows_first}])")
+    assert parse(repr(found)) == found
+
+
+def test_paro_keeps_the_blocks_with_most_attention() -> None:
+    """Against every order of a grid of frames, by reshaping, where the last block is short."""
+    attention = torch.rand(1, 30, 30).pow(8)
+    grid, block = (2, 3, 5), 8
+    best, held = None, -1.0
+    for order in itertools.permutations(range(3)):
+        moved = attention[0].reshape(grid * 2).permute(*order, *(3 + a for a in order)).reshape(30, 30)
+        sums = torch.tensor([[part.sum() for part in line.split(block, 1)] for line in moved.split(block, 0)])
+        kept = sums.topk(2, -1)
+        if kept.values.sum() > held:
+            best, held = (order, [sorted(row) for row in kept.indices.tolist()]), float(kept.values.sum())
+    (found,) = choose(attention, grid, block, 0.5).patterns
+    assert (found.axes, [list(row) for row in found.pattern.map]) == best
+
+
+def test_paro_on_a_model() -> None:
+    """Each layer and head gets a map of its own, from the attention of the model on the data."""
+    model, x = small_model()
+    recipe = recipes.PARO.with_settings({"block": 16, "density": 0.5})
+    with pytest.raises(UsageError, match="learns from data"):
+        optimize(model, x, recipe=recipe, min_speedup=0)
+    maps: list[Tensor] = []
+
+    def spy(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        maps.append(((q @ k.transpose(-2, -1)) * q.shape[-1] ** -0.5).softmax(-1))
+        return maps[-1] @ v
+
+    batches = [(torch.randn(3, 3, 32, 32),), (torch.randn(2, 3, 32, 32),)]
+    result = optimize(model, x, recipe=recipe, min_speedup=0, data=batches)
+    with pytest.MonkeyPatch.context() as patch, torch.no_grad():
+        patch.setattr(F, "scaled_dot_product_attention", spy)
+        for (batch,) in batches:
+            model(batch)
+    chosen = result.report.recipe["settings"]["pattern"]
+    for number in range(3):
+        mean = torch.cat([maps[number], maps[number + 3]]).mean(0)[:, 1:, 1:]
+        assert parse(chosen[str(number)]) == choose(mean, (8, 8), 16, 0.5)
+    assert {row["check"] for row in result.report.parity} == {"capture", "identity", "pattern"}

@@ -3,11 +3,12 @@
 from tokenopt.attention.layout import Layout, Tokens
 from tokenopt.attention.lowrank import Agent, PooledKV
 from tokenopt.attention.masks import Band, BlockMap, Concentric, Full, Global, Neighborhood, Nothing, Radial, Stripe
+from tokenopt.attention.paro import Paro
 from tokenopt.attention.pattern import Mask, On, Pattern, PerHead, Permuted, on, parse, per_head, permuted
 from tokenopt.attention.recipe import AttentionRecipe
 
 __all__ = [
     "Agent", "AttentionRecipe", "Band", "BlockMap", "Concentric", "Full", "Global", "Layout", "Mask", "Neighborhood",
-    "Nothing", "On", "Pattern", "PerHead", "Permuted", "PooledKV", "Radial", "Stripe", "Tokens", "on", "parse",
+    "Nothing", "On", "Pattern", "Paro", "PerHead", "Permuted", "PooledKV", "Radial", "Stripe", "Tokens", "on", "parse",
     "per_head", "permuted",
 ]  # fmt: skip

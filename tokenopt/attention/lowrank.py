@@ -35,6 +35,7 @@ class PooledKV(Pattern):
     size_bias: bool = True
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         _positive("stride", self.stride)
 
     def lower(self, layout: Layout) -> Lowered:
@@ -79,6 +80,7 @@ class Agent(Pattern):
     shortcut: float = 0.0
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         _positive("agents", self.agents)
 
     def lower(self, layout: Layout) -> Lowered:
@@ -95,5 +97,5 @@ class Agent(Pattern):
 
 
 def _positive(name: str, value: Sizes) -> None:
-    if not all(isinstance(v, int) and v > 0 for v in (value if isinstance(value, (tuple, list)) else (value,))):
+    if not all(v > 0 for v in (value if isinstance(value, tuple) else (value,))):
         raise UsageError(f"{name}={value!r} is not positive", hint=f"{name}=4, or one for each axis")

@@ -197,10 +197,8 @@ class Band(Mask):
     Attributes:
         axis: the axis of the band, negative from the last.
         width: distance that is still seen.
-        decay: axis along which the width is halved for every ``step`` of distance, as in radial attention.
+        decay: axis along which the width is halved for every ``step`` of distance.
         step: see decay.
-
-    Source: Li et al., Radial Attention, arXiv:2506.19852 (decay of the width with the distance in time).
     """
 
     width: int
@@ -243,6 +241,11 @@ class Radial(Mask):
 
     width: float = 1.0
     sink: int = 1
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.width < 0 or self.sink < 0:
+            raise UsageError(f"{self} has no width or sink", hint="Radial(width=1.0, sink=1)")
 
     def allows(self, query: Tokens, key: Tokens) -> Tensor:
         size = prod(query.grid[1:])

@@ -99,6 +99,19 @@ class Pattern:
     __str__ = __repr__
 
 
+class Learned(Pattern):
+    """Stands for a pattern that data decide, for each attention its own."""
+
+    subset: ClassVar[bool] = True
+
+    def lower(self, layout: Layout) -> Lowered:
+        raise Refused("it is learned from data", "give inputs like those the model is for (--data FILE)")
+
+    def fit(self, layout: Layout, attention: Tensor) -> Pattern:
+        """The pattern for one attention, from its mean probabilities [H, N, N] on the data."""
+        raise NotImplementedError
+
+
 class Mask(Pattern):
     """A pattern that says of every pair of tokens whether the query sees the key.
 
@@ -422,7 +435,7 @@ def parse(text: str | Pattern) -> Pattern:
 
 def names() -> list[str]:
     """The patterns there are."""
-    return sorted(n for n, c in Pattern._known.items() if not n.startswith("_") and n not in ("Mask", "Or", "And"))
+    return sorted(n for n in Pattern._known if not n.startswith("_") and n not in ("Learned", "Mask", "Or", "And"))
 
 
 def _evaluate(node: ast.expr, depth: int = 0) -> Any:
@@ -469,4 +482,6 @@ def _fits(value: Any, wanted: Any) -> bool:
         return isinstance(value, tuple) and all(_fits(v, get_args(wanted)[0]) for v in value)
     if wanted in (int, bool):
         return type(value) is wanted and abs(value) < 2**31
+    if wanted is float:
+        return type(value) in (float, int)
     return not isinstance(wanted, type) or isinstance(value, wanted)

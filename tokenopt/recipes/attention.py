@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from tokenopt.attention import Agent, AttentionRecipe, Global, Neighborhood, Permuted, PooledKV, Radial, on
+from tokenopt.attention import Agent, AttentionRecipe, Global, Neighborhood, Paro, Permuted, PooledKV, Radial, on
 
 NAT = AttentionRecipe(
     name="nat",
@@ -89,4 +89,11 @@ YOPO = AttentionRecipe(
     summary="patches see each other within 2 rows and columns only; all other tokens see and are seen as before",
     paper="Zhang et al., Treat Visual Tokens as Text? But Your MLLM Only Needs Fewer Efforts to See, arXiv:2410.06169",
     pattern=on("patch", "patch", Neighborhood(5, border="truncate")),
+)
+
+PARO = AttentionRecipe(
+    name="paro",
+    summary="each head sees the 30 % of blocks of 64 that hold most attention on the data, in its own order of axes",
+    paper="Zhao et al., PAROAttention, 2025, arXiv:2506.16054",
+    pattern=Paro(),
 )
