@@ -19,8 +19,9 @@ from tokenopt.passes.raise_attention import RaiseAttention
 from tokenopt.passes.sparsify_attention import SparsifyAttention
 from tokenopt.pipeline import Pipeline, PipelineResult
 from tokenopt.program import Program
+from tokenopt.runtimes.base import Engine
 from tokenopt.runtimes.tensorrt import TensorRTRTX
-from tokenopt.small_models import small_model
+from tokenopt.small_models import SmallVisionTransformer, small_model
 
 CLS, TEXT = 1, 2
 ROWS, COLUMNS = 6, 8
@@ -154,6 +155,24 @@ def test_what_is_refused() -> None:
     assert repr(parse("PooledKV(2, near=Neighborhood(3))")) == "PooledKV(2, near=Neighborhood(3))"
 
 
+def test_regions() -> None:
+    """Scores between different regions are masked, as the authors' code does it; region 0 and other tokens are free."""
+    where = layout()
+    q, k, v = qkv(where)
+    ids = torch.randint(0, 4, (2, where.count))
+    bias = torch.zeros(2, 1, where.total, where.total)
+    for row in range(2):
+        for i in range(1, 4):
+            for j in range(1, 4):
+                inside = [torch.nonzero(ids[row] == region)[:, 0] + CLS for region in (i, j)]
+                if i != j:
+                    bias[row, 0, inside[0][:, None], inside[1]] = torch.finfo(torch.float32).min
+    out = torch.ops.tokenopt.region_attention(q, k, v, ids, start=CLS)
+    torch.testing.assert_close(out, softmax(q, k, v, bias=bias))
+    none = torch.ops.tokenopt.region_attention(q, k, v, torch.zeros_like(ids), start=CLS)
+    torch.testing.assert_close(none, F.scaled_dot_product_attention(q, k, v))
+
+
 # -- in models ---------------------------------------------------------------------------------------------------------
 
 
@@ -205,25 +224,52 @@ def test_work_is_counted() -> None:
     assert program_flops(sparsified(PATTERNS["pooled"]).program) == dense + keys
 
 
-@pytest.fixture(scope="module")
-def all_three() -> Program:
-    """A vision transformer with a pattern in each of its layers."""
-    recipe = AttentionRecipe("all", "", "", {str(i): text for i, text in enumerate(PATTERNS.values())})
+def test_regions_are_an_input_of_the_program() -> None:
+    """One for all layers; without regions the model is as it was, and a region is out of reach of another."""
     model, image = small_model()
-    return optimize(model, image, recipe=recipe, min_speedup=0).program
+    result = optimize(model, image, recipe="Regions()", min_speedup=0, given=[image])
+    assert [i["name"] for i in result.report.model["added_inputs"]] == ["regions_8x8"]
+    assert all(row["passed"] for row in result.report.parity)
+    assert {row["check"] for row in result.report.parity} == {"capture", "identity"}
+    ids = torch.ones(2, 64, dtype=torch.int64)
+    ids[:, 32:] = 2
+    program = result.program
+    torch.testing.assert_close(program(image, regions_8x8=torch.zeros_like(ids)), model(image), rtol=1e-4, atol=1e-5)
+    apart = program(image, regions_8x8=ids)
+    assert not torch.allclose(apart, model(image), atol=1e-2)
+    refused = optimize(model, image, recipe="Regions()")
+    assert not refused.changed and "1.00x is predicted" in refused.report.refusals[0]["why"]
 
 
-def test_onnx_runtime(all_three: Program, tmp_path: Path) -> None:
-    engine = runtimes.get("onnxruntime").build(all_three, tmp_path / "model.onnx")
+@pytest.fixture(scope="module")
+def everything() -> Program:
+    """A vision transformer with a pattern in each of its layers."""
+    texts = [*PATTERNS.values(), "Regions()"]
+    recipe = AttentionRecipe("all", "", "", {str(i): text for i, text in enumerate(texts)})
+    torch.manual_seed(0)
+    model = SmallVisionTransformer(width=16, depth=len(texts)).eval()
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(0.3 * torch.randn_like(parameter))
+    return optimize(model, torch.randn(2, 3, 32, 32), recipe=recipe, min_speedup=0).program
+
+
+@pytest.fixture(scope="module")
+def engine(everything: Program, tmp_path_factory: pytest.TempPathFactory) -> Engine:
+    path = tmp_path_factory.mktemp("lowrank") / "model.onnx"
+    return runtimes.get("onnxruntime").build(everything, path)
+
+
+def test_onnx_runtime(engine: Engine) -> None:
     assert {(c.inputs, c.batch) for c in engine.parity} >= {("random", 1), ("random", 3)}
     assert all(c.passed for c in engine.parity)
 
 
 @pytest.mark.tensorrt
 @pytest.mark.skipif(TensorRTRTX().available() is not None, reason="tensorrt_rtx is not installed")
-def test_tensorrt_builds(all_three: Program, tmp_path: Path) -> None:
-    engine = TensorRTRTX().build(all_three, tmp_path / "model.engine")
-    assert engine.path.stat().st_size and all(c.passed for c in engine.parity)
+def test_tensorrt_builds(everything: Program, engine: Engine, tmp_path: Path) -> None:
+    built = TensorRTRTX().build(everything, tmp_path / "model.engine", source=engine)
+    assert built.path.stat().st_size and all(c.passed for c in built.parity)
 
 
 @pytest.fixture(scope="module")

@@ -201,6 +201,7 @@ def _ours() -> dict[Any, Callable[[fx.Node, Shapes], float]]:
         ops.tiled_attention.default: _tiles,
         ops.neighborhood_attention.default: _tiles,
         ops.pooled_attention.default: _pooled,
+        ops.region_attention.default: _attention,
         ops.agent_attention.default: _agents,
         ops.attention_probe.default: _probe,
         ops.match_bipartite.default: _match,

@@ -6,9 +6,10 @@ from tokenopt.attention.masks import Band, BlockMap, Concentric, Full, Global, N
 from tokenopt.attention.paro import Paro
 from tokenopt.attention.pattern import Mask, On, Pattern, PerHead, Permuted, on, parse, per_head, permuted
 from tokenopt.attention.recipe import AttentionRecipe
+from tokenopt.attention.regions import Regions
 
 __all__ = [
     "Agent", "AttentionRecipe", "Band", "BlockMap", "Concentric", "Full", "Global", "Layout", "Mask", "Neighborhood",
-    "Nothing", "On", "Pattern", "Paro", "PerHead", "Permuted", "PooledKV", "Radial", "Stripe", "Tokens", "on", "parse",
-    "per_head", "permuted",
+    "Nothing", "On", "Pattern", "Paro", "PerHead", "Permuted", "PooledKV", "Radial", "Regions", "Stripe", "Tokens",
+    "on", "parse", "per_head", "permuted",
 ]  # fmt: skip

@@ -5,7 +5,7 @@ from __future__ import annotations
 import ast
 import inspect
 from collections.abc import Iterator, Sequence
-from dataclasses import MISSING, dataclass, fields, replace
+from dataclasses import MISSING, dataclass, field, fields, replace
 from functools import cache, partial
 from itertools import product
 from types import UnionType
@@ -37,6 +37,8 @@ class Lowered:
         ideal, tile, predicted: speed-up of this attention over dense attention if only seen pairs cost anything, if
             every computed pair costs as much as a dense one, and by the cost model.
         tiles: the tables, where the operation is attention in tiles: a bias of the attention is cut along them.
+        inputs: operands that the program's user gives: (name of the input, shape without the batch, dtype) by the names
+            of the operation's arguments.
     """
 
     op: str
@@ -46,6 +48,7 @@ class Lowered:
     tile: float
     predicted: float
     tiles: Any = None
+    inputs: dict[str, tuple[str, tuple[int, ...], torch.dtype]] = field(default_factory=dict)
 
 
 class Pattern:

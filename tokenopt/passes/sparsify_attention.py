@@ -192,6 +192,7 @@ class _Sparsifier(GraphEditor):
             name: self.shared(name, t.to(dtype) if t.dtype.is_floating_point else t)
             for name, t in lowered.tensors.items()
         }
+        tensors |= {name: self.input(*given) for name, given in lowered.inputs.items()}
         settings = dict(lowered.settings)
         if bias is not None:  # a bias is the attention's own: kernels that read the grid in place take none
             op, settings = "tiled_attention", {}
