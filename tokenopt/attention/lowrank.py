@@ -56,7 +56,7 @@ class PooledKV(Pattern):
         if len(seen.rows):
             row_mask = tensors.get("row_mask", torch.zeros(len(seen.rows), layout.total))
             tensors["row_mask"] = torch.nn.functional.pad(row_mask, (0, count), value=float("-inf"))
-        whole = replace(seen, keys=tensors["keys"], mask=None, seen=seen.seen + layout.count * count)
+        whole = replace(seen, keys=tensors["keys"], mask=tensors.get("mask"), seen=seen.seen + layout.count * count)
         settings = {"start": layout.start, "grid": list(layout.grid), "cells": list(cells)}
         return Lowered("pooled_attention", tensors, settings, whole.ideal, whole.tile, whole.predicted)
 
@@ -89,7 +89,7 @@ class Agent(Pattern):
         cells = tuple(min(a, n) for a, n in zip(each(self.agents, len(layout.grid)), layout.grid, strict=True))
         agents, rows = prod(cells), (layout.total - layout.count) * layout.total
         pairs = rows + agents * (layout.total + layout.count)
-        cost = rows + tile_cost(1, agents, layout.total) + tile_cost(1, layout.count, agents)
+        cost = rows + tile_cost(1, agents, layout.total, False) + tile_cost(1, layout.count, agents, False)
         settings = {"start": layout.start, "grid": list(layout.grid), "cells": list(cells), "power": self.power,
                     "shortcut": self.shortcut}  # fmt: skip
         dense = layout.total**2
