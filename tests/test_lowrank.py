@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from functools import cache
 from pathlib import Path
 
 import pytest
@@ -201,14 +202,19 @@ PATTERNS = {
 }
 
 
-def sparsified(text: str, model: nn.Module | None = None) -> PipelineResult:
-    program = capture(model or Sums(), torch.randn(IMAGE))
-    return Pipeline([RaiseAttention(), SparsifyAttention(pattern=text, min_speedup=0)]).run(program)
+@cache
+def captured(biased: bool = False) -> Program:
+    return capture(Sums(biased), torch.randn(IMAGE))
+
+
+def sparsified(text: str, biased: bool = False) -> PipelineResult:
+    steps = [RaiseAttention(), SparsifyAttention(pattern=text, min_speedup=0)]
+    return Pipeline(steps).run(captured(biased))
 
 
 def test_an_attention_with_a_bias_is_refused() -> None:
     for text in ("Agent(2)", "PooledKV(2)"):
-        result = sparsified(text, Sums(biased=True))
+        result = sparsified(text, biased=True)
         assert [e.pass_spec for e in result.edits] == ["raise-attention"]
         assert "has a mask or a bias" in result.refusals[0].why
 
@@ -216,7 +222,7 @@ def test_an_attention_with_a_bias_is_refused() -> None:
 def test_work_is_counted() -> None:
     """Pairs of queries and keys, 4 x head_dim operations each, and pooling, axis by axis."""
     heads, pair = HEADS, 4 * DIM
-    dense = program_flops(capture(Sums(), torch.randn(IMAGE))) - heads * pair * 33 * 33
+    dense = program_flops(captured()) - heads * pair * 33 * 33
     pooling = 2 * heads * DIM * (32 * 2 + 16 * 4)
     agent = heads * pair * (8 * 33 + 32 * 8 + 33) + pooling
     assert program_flops(sparsified(PATTERNS["agent"]).program) == dense + agent
