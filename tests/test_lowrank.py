@@ -226,7 +226,7 @@ def test_work_is_counted() -> None:
     pooling = 2 * heads * DIM * (32 * 2 + 16 * 4)
     agent = heads * pair * (8 * 33 + 32 * 8 + 33) + pooling
     assert program_flops(sparsified(PATTERNS["agent"]).program) == dense + agent
-    keys = heads * pair * (32 * (1 + 8) + 1 * (33 + 8)) + 2 * pooling
+    keys = heads * pair * (32 * (1 + 8) + 33) + 2 * pooling
     assert program_flops(sparsified(PATTERNS["pooled"]).program) == dense + keys
 
 

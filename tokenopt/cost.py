@@ -84,10 +84,19 @@ def _pooling(node: fx.Node, features: int) -> float:
 
 
 def _pooled(node: fx.Node, shape: Shapes) -> float:
+    query, key, value = (shape(n) for n in node.args[:3])
+    count = prod(node.kwargs["grid"])
+    others = query[-2] - count
+    pairs = others * key[-2] + count * (others + prod(node.kwargs["cells"]))
+    width = query[-1] + value[-1]
+    return 2.0 * prod(query[:2]) * pairs * width + _pooling(node, prod(query[:2]) * width)
+
+
+def _pooled_tiles(node: fx.Node, shape: Shapes) -> float:
     key, value = (shape(n) for n in node.args[1:3])
-    extra = prod(node.kwargs["cells"]) * shape(node.args[6])[0]
-    pairs = 2.0 * prod(key[:2]) * extra * (key[-1] + value[-1])
-    return _tiles(node, shape) + pairs + _pooling(node, prod(key[:2]) * (key[-1] + value[-1]))
+    width = prod(key[:2]) * (key[-1] + value[-1])
+    rows = 2.0 * width * prod(node.kwargs["cells"]) * shape(node.args[6])[0]
+    return _tiles(node, shape) + rows + _pooling(node, width)
 
 
 def _agents(node: fx.Node, shape: Shapes) -> float:
@@ -201,6 +210,7 @@ def _ours() -> dict[Any, Callable[[fx.Node, Shapes], float]]:
         ops.tiled_attention.default: _tiles,
         ops.neighborhood_attention.default: _tiles,
         ops.pooled_attention.default: _pooled,
+        ops.pooled_tiled_attention.default: _pooled_tiles,
         ops.region_attention.default: _attention,
         ops.agent_attention.default: _agents,
         ops.attention_probe.default: _probe,

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 from math import log, prod
+from typing import Any
 
 import torch
 
 from tokenopt.attention.layout import Layout
 from tokenopt.attention.masks import Sizes
 from tokenopt.attention.pattern import Lowered, Mask, Pattern, Refused, each
-from tokenopt.attention.tiles import one_tile, tile, tile_cost
+from tokenopt.attention.tiles import Tiles, tile, tile_cost
 from tokenopt.errors import UsageError
 
 
@@ -42,23 +43,29 @@ class PooledKV(Pattern):
         if layout.causal:
             raise Refused("a pooled key would tell of tokens behind the query", "a window, which knows causality")
         cells = tuple(-(-n // s) for n, s in zip(layout.grid, each(self.stride, len(layout.grid)), strict=True))
-        seen = one_tile(layout) if self.near is None else tile(self.near, layout)
-        tensors = seen.tensors
-        count = prod(cells)
-        heads, tiles, _ = seen.queries.shape
+        settings = {"start": layout.start, "grid": list(layout.grid), "cells": list(cells)}
+        if self.near is not None:
+            return self._beside(tile(self.near, layout), prod(cells), settings)
+        rows = (layout.total - layout.count) * layout.total
+        keys = layout.total - layout.count + prod(cells)
+        cost = rows + tile_cost(1, layout.count, keys, self.size_bias)
+        settings["size_bias"] = self.size_bias
+        return _lowered("pooled_attention", layout, rows + layout.count * keys, cost, settings)
+
+    def _beside(self, near: Tiles, count: int, settings: dict[str, Any]) -> Lowered:
+        """The tables of a mask with ``count`` pooled keys behind the others in each tile."""
+        tensors, layout = near.tensors, near.layout
+        heads, tiles, _ = near.queries.shape
         pooled = torch.arange(layout.total, layout.total + count)
-        tensors["keys"] = torch.cat([seen.keys, pooled.expand(heads, tiles, -1)], -1)
-        mask = tensors.get("mask", torch.zeros(1, 1, seen.keys.shape[-1]))
+        tensors["keys"] = torch.cat([near.keys, pooled.expand(heads, tiles, -1)], -1)
+        mask = tensors.get("mask", torch.zeros(1, 1, near.keys.shape[-1]))
         bias = torch.full((*mask.shape[:-1], count), log(layout.count / count) if self.size_bias else 0.0)
         tensors["mask"] = torch.cat([mask, bias], -1)
-        if bool((tensors["mask"] == tensors["mask"][..., :1]).all()):  # what all keys have changes nothing
-            del tensors["mask"]
-        if len(seen.rows):
-            row_mask = tensors.get("row_mask", torch.zeros(len(seen.rows), layout.total))
+        if len(near.rows):
+            row_mask = tensors.get("row_mask", torch.zeros(len(near.rows), layout.total))
             tensors["row_mask"] = torch.nn.functional.pad(row_mask, (0, count), value=float("-inf"))
-        whole = replace(seen, keys=tensors["keys"], mask=tensors.get("mask"), seen=seen.seen + layout.count * count)
-        settings = {"start": layout.start, "grid": list(layout.grid), "cells": list(cells)}
-        return Lowered("pooled_attention", tensors, settings, whole.ideal, whole.tile, whole.predicted)
+        whole = replace(near, keys=tensors["keys"], mask=tensors["mask"], seen=near.seen + layout.count * count)
+        return Lowered("pooled_tiled_attention", tensors, settings, whole.ideal, whole.tile, whole.predicted)
 
 
 @dataclass(frozen=True, repr=False)
@@ -92,8 +99,12 @@ class Agent(Pattern):
         cost = rows + tile_cost(1, agents, layout.total, False) + tile_cost(1, layout.count, agents, False)
         settings = {"start": layout.start, "grid": list(layout.grid), "cells": list(cells), "power": self.power,
                     "shortcut": self.shortcut}  # fmt: skip
-        dense = layout.total**2
-        return Lowered("agent_attention", {}, settings, dense / pairs, dense / pairs, dense / cost)
+        return _lowered("agent_attention", layout, pairs, cost, settings)
+
+
+def _lowered(op: str, layout: Layout, pairs: int, cost: float, settings: dict[str, Any]) -> Lowered:
+    dense = layout.total**2
+    return Lowered(op, {}, settings, dense / pairs, dense / pairs, dense / cost)
 
 
 def _positive(name: str, value: Sizes) -> None:

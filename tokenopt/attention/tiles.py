@@ -118,14 +118,6 @@ def tile_as(pattern: Mask, layout: Layout, queries: Tensor) -> Tiles:
     return _joined(heads, layout, [(q, _width(head, layout, q)[0]) for head, q in zip(heads, queries, strict=True)])
 
 
-def one_tile(layout: Layout) -> Tiles:
-    """All queries on the grid in one tile, which sees the tokens off the grid and no other."""
-    queries = torch.arange(layout.start, layout.start + layout.count)[None, None]
-    rows = torch.tensor(layout.others, dtype=torch.int64)
-    seen = len(rows) * (layout.count + layout.total)
-    return Tiles(layout, queries, rows[None, None], None, _order(queries, rows, layout), rows, None, None, seen)
-
-
 def _joined(heads: list[Mask], layout: Layout, tilings: list[tuple[Tensor, int]]) -> Tiles:
     parts = [_tables(head, layout, queries, width) for head, (queries, width) in zip(heads, tilings, strict=True)]
     most = [max(p[i].shape[d] for p in parts) for i, d in ((0, 0), (0, 1), (1, 1))]

@@ -35,7 +35,7 @@ def references() -> dict[Any, Callable[..., Any]]:
 
 def attentions() -> set[Any]:
     """The operations that are attention of (query, key, value, ...): dense, and every pattern's."""
-    patterns = ("tiled", "neighborhood", "pooled", "agent", "region")
+    patterns = ("tiled", "neighborhood", "pooled", "pooled_tiled", "agent", "region")
     names = ("attention", *(f"{pattern}_attention" for pattern in patterns))
     return {getattr(torch.ops.tokenopt, name).default for name in names}
 

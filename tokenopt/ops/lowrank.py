@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from math import prod
+from math import log, prod
 
 import torch
 from torch import Tensor
@@ -30,11 +30,50 @@ def pool_grid(x: Tensor, start: int, grid: Sequence[int], cells: Sequence[int]) 
 
 
 @op(
+    "(Tensor query, Tensor key, Tensor value, *, int start, int[] grid, int[] cells, bool size_bias=False, "
+    "float? scale=None) -> Tensor"
+)
+def pooled_attention(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    *,
+    start: int,
+    grid: Sequence[int],
+    cells: Sequence[int],
+    size_bias: bool = False,
+    scale: float | None = None,
+) -> Tensor:
+    """Queries on a grid attend to keys and values averaged over its cells, and to all tokens off the grid.
+
+    Queries off the grid attend densely.
+
+    Shapes:  query, key [B, H, N, D] · value [B, H, N, E]  ->  [B, H, N, E]
+    Args:    start, grid: the tokens [start, start + prod(grid)) lie on a grid of one to three axes, in raster order.
+             cells: of the coarser grid, per axis.
+             size_bias: the logits of a pooled key get the log of how many tokens it stands for.
+             scale defaults to D ** -0.5.
+    Equals:  attention(query, key, value) where cells is grid.
+    Source:  Wang et al., Pyramid Vision Transformer, arXiv:2102.12122; size bias: Bolya et al., arXiv:2210.09461.
+    """
+    stop = start + prod(grid)
+    keys, values = (
+        torch.cat([x[:, :, :start], x[:, :, stop:], pool_grid(x, start, grid, cells)], 2) for x in (key, value)
+    )
+    bias, others = None, query.shape[2] - prod(grid)
+    if size_bias and others:  # what all keys have changes nothing
+        pooled = query.new_full((1, prod(cells)), log(prod(grid) / prod(cells)))
+        bias = torch.nn.functional.pad(pooled, (others, 0))
+    out = attention(query[:, :, start:stop], keys, values, bias, scale=scale)
+    return _with_others(out, query, key, value, start, scale)
+
+
+@op(
     "(Tensor query, Tensor key, Tensor value, Tensor queries, Tensor keys, Tensor order, Tensor rows, "
     "Tensor? mask=None, Tensor? row_mask=None, Tensor? absent=None, *, int start, int[] grid, int[] cells, "
     "float? scale=None) -> Tensor"
 )
-def pooled_attention(
+def pooled_tiled_attention(
     query: Tensor,
     key: Tensor,
     value: Tensor,
@@ -56,7 +95,7 @@ def pooled_attention(
     Shapes:  as `tiled_attention`; keys and row_mask are about N + prod(cells) keys  ->  [B, H, N, E]
     Args:    start, grid: the tokens [start, start + prod(grid)) lie on a grid of one to three axes, in raster order.
              cells: of the coarser grid, per axis; keys and values are averaged within each.
-    Equals:  attention(query, key, value) where cells is grid and the tables name the pooled keys instead of the others.
+    Equals:  tiled_attention of the same tables where they name no pooled key.
     Source:  Shi, TransNeXt, arXiv:2311.17132, pixel-focused attention (without what it learns).
     """
     key, value = (torch.cat([x, pool_grid(x, start, grid, cells)], 2) for x in (key, value))
@@ -98,6 +137,14 @@ def agent_attention(
     out = attention(query[:, :, start:stop], agents, found, scale=scale**power)
     if shortcut:
         out = out + shortcut * value[:, :, start:stop]
+    return _with_others(out, query, key, value, start, scale)
+
+
+def _with_others(
+    out: Tensor, query: Tensor, key: Tensor, value: Tensor, start: int, scale: float | None
+) -> Tensor:
+    """Results of the queries from ``start`` on, and around them those of the others, which attend densely."""
+    stop = start + out.shape[2]
     if out.shape[2] == query.shape[2]:
         return out
     others = torch.cat([query[:, :, :start], query[:, :, stop:]], 2)
