@@ -35,18 +35,26 @@ class Reader(nn.Module):
         self.out = nn.ModuleList(nn.Linear(WIDTH, WIDTH) for _ in range(LAYERS))
         self.up = nn.ModuleList(nn.Linear(WIDTH, 2 * WIDTH) for _ in range(LAYERS))
         self.down = nn.ModuleList(nn.Linear(2 * WIDTH, WIDTH) for _ in range(LAYERS))
+        self.phase = nn.Parameter(torch.randn(4 + PATCHES + TEXT, WIDTH // HEADS))
         self.attention: set[int] = set()
         self.mlp: set[int] = set()
         self.heads: set[tuple[int, int]] = set()
         self.only = slice(None)
-        self.causal = True
+        self.causal = self.seen = True
 
     def forward(self, image: Tensor, text: Tensor) -> Tensor:
         patches = self.patches(image).flatten(2).transpose(1, 2)
         x = torch.cat([self.prompt.expand(image.shape[0], -1, -1), patches, self.words(text)], 1)
         for i in range(LAYERS):
             q, k, v = self.qkv[i](self.norms[2 * i](x)).unflatten(2, (3, HEADS, -1)).permute(2, 0, 3, 1, 4).unbind(0)
-            heads = F.scaled_dot_product_attention(q, k, v, is_causal=self.causal)
+            q, k = q * self.phase, k * self.phase
+            if self.seen or i not in self.attention:
+                heads = F.scaled_dot_product_attention(q, k, v, is_causal=self.causal)
+            else:
+                mask = torch.ones(q.shape[2], q.shape[2], dtype=torch.bool)
+                mask = mask.tril() if self.causal else mask
+                mask[:, self.only] = False
+                heads = F.scaled_dot_product_attention(q, k, v, attn_mask=mask)
             for layer, head in self.heads:
                 if layer == i:
                     heads[:, head] = 0
@@ -106,6 +114,25 @@ def test_layers(
         given = inputs(rows)
         torch.testing.assert_close(result.program(*given), model(*given), rtol=1e-4, atol=1e-5)
     assert program_flops(result.program) < program_flops(program)
+
+
+@pytest.mark.parametrize("segment, only", [("patch", slice(4, 20)), ("text", slice(20, 25))])
+@pytest.mark.parametrize("causal", [True, False])
+@torch.no_grad()
+def test_tokens_that_leave(models: dict[bool, tuple[Reader, Program]], segment: str, only: slice, causal: bool) -> None:
+    """From the second layer on the others do not see them: no work is left for them but that of the first."""
+    model, program = models[causal]
+    result = dropped(program, attention="1:", mlp="1:", segment=segment, seen=False)
+    assert not result.refusals
+    model = copy.deepcopy(model)
+    model.attention = model.mlp = {1, 2}
+    model.only, model.seen = only, False
+    for rows in (1, 3):
+        given = inputs(rows)
+        torch.testing.assert_close(result.program(*given), model(*given), rtol=1e-4, atol=1e-5)
+    total, gone = 4 + PATCHES + TEXT, only.stop - only.start
+    work = lambda n: n * (4 + 4) * 2 * WIDTH * WIDTH + 4 * n * n * WIDTH  # noqa: E731
+    assert program_flops(program) - program_flops(result.program) == 2 * (work(total) - work(total - gone))
 
 
 @torch.no_grad()

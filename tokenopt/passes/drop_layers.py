@@ -11,7 +11,7 @@ import torch
 from torch import fx
 
 from tokenopt.analysis.axes import AxisMap, propagate, tensor_operands
-from tokenopt.analysis.cuts import StreamCut, contains, decide, find_cuts, reduced_length
+from tokenopt.analysis.cuts import StreamCut, contains, decide, find_cuts, offset_in, reduced_length
 from tokenopt.analysis.sites import AttentionSite, Segment, find_sites
 from tokenopt.attention.pattern import Refused
 from tokenopt.attention.recipe import site_numbers
@@ -33,16 +33,20 @@ class DropLayers(Pass):
     Attributes:
         attention, mlp: which layers, counted from 0: "all", numbers or a slice; none by default.
         heads: heads whose output becomes zero, as layer/head: "3/0,3/2,4/1".
-        segment: name of the tokens that attention and MLPs add nothing to: patch, cls, ...; all tokens by default. They
-            are still seen by the others.
+        segment: name of the tokens that attention and MLPs add nothing to: patch, cls, ...; all tokens by default.
+        seen: whether the others still attend to the tokens of the segment in these layers. If not, from a layer to the
+            last, the segment has left the model.
 
-    Source: Zhang et al., Treat Visual Tokens as Text?, arXiv:2410.06169 (heads and layers of visual tokens).
+    Source: Zhang et al., Treat Visual Tokens as Text?, arXiv:2410.06169 (heads and layers of visual tokens); Wu et al.,
+        Accelerating Multimodal Large Language Models via Dynamic Visual-Token Exit, arXiv:2411.19628 (with layers that
+        are fixed, and not chosen by its gates).
     """
 
     attention: Any = ""
     mlp: Any = ""
     heads: str = ""
     segment: str = ""
+    seen: bool = True
     name: ClassVar[str] = "drop-layers"
 
     def run(self, program: Program) -> PassResult:
@@ -73,7 +77,7 @@ class DropLayers(Pass):
         attention, mlp = (site_numbers(str(w), count) if str(w) else set() for w in (self.attention, self.mlp))
         for layer in range(count):
             if layer in attention:
-                yield layer, "attention", lambda site, cut: editor.drop_attention(site, cut, self.segment)
+                yield layer, "attention", lambda site, cut: editor.drop_attention(site, cut, self.segment, self.seen)
             elif layer in heads:
                 yield layer, "heads", lambda site, cut, which=heads[layer]: editor.drop_heads(site, which)
             if layer in mlp:
@@ -97,16 +101,17 @@ class _Dropper(GraphEditor):
         super().__init__(axes.program)
         self.axes = axes
 
-    def drop_attention(self, site: AttentionSite, cut: StreamCut, segment: str) -> None:
+    def drop_attention(self, site: AttentionSite, cut: StreamCut, segment: str, seen: bool) -> None:
         if cut.entry not in cut.after.args[:2] or cut.update not in cut.after.args[:2]:
             raise Refused("it adds to the stream beside others", "")
         if not segment:
             self.replace(cut.after, cut.entry)
             return
         where = _segment(cut, segment)
-        rest = self._rest(cut.entry, cut.entry, self._dim(cut.entry, where), where)
-        rows = self._attention_of_rest(site, where)
-        self._put(cut.after, cut.entry, self._recomputed({cut.entry: rest, site.node: rows}, cut.after, where), where)
+        new = {cut.entry: self._rest(cut.entry, cut.entry, self._dim(cut.entry, where), where)}
+        if seen:
+            new[site.node] = self._attention_of_rest(site, where)
+        self._put(cut.after, cut.entry, self._recomputed(new, cut.after, where), where)
 
     def drop_mlp(self, cut: StreamCut, segment: str) -> None:
         after, leave = cut.after, cut.leave
@@ -167,9 +172,10 @@ class _Dropper(GraphEditor):
             if node not in needed or node in new or not replaced:
                 continue
             decision = decide(self.axes, node, where.terms, replaced)
-            if decision.barrier is not None or decision.align:
-                why = decision.barrier.why if decision.barrier is not None else "it joins a value of all tokens"
-                raise Refused(f"{node.name}: {why}", "drop it for all tokens")
+            if decision.barrier is not None:
+                raise Refused(f"{node.name}: {decision.barrier.why}", "drop it for all tokens")
+            for operand in decision.align:
+                new[operand] = self._aligned(node.prev, operand, where)
             args = list(fx.map_arg(node.args, lambda n: new.get(n, n)))
             for literal in decision.literals:
                 size = sum(reduced_length(t, where.terms, 0) for t in literal.lists) * literal.sign
@@ -192,6 +198,16 @@ class _Dropper(GraphEditor):
         ends = [(0, where.start), (stop, total)]
         parts = [self.insert(after, aten.slice.Tensor, node, dim, a, b, like=node) for a, b in ends if b > a]
         return self.insert(parts[0], aten.cat.default, parts, dim) if len(parts) > 1 else parts[0]
+
+    def _aligned(self, after: fx.Node, node: fx.Node, where: Segment) -> fx.Node:
+        """What has a place for every token, as positions and biases do, without the places of the segment."""
+        rest = node
+        for dim, terms in enumerate(self.axes.dims(node)):
+            if contains(terms, where.terms):
+                if offset_in(terms, where.terms) != where.start:
+                    raise Refused(f"{node.name} has its tokens in another order", "drop it for all tokens")
+                rest = self._rest(after if rest is node else rest, rest, dim, where)
+        return rest
 
     def _dim(self, stream: fx.Node, where: Segment) -> int:
         return next(i for i, d in enumerate(self.axes.dims(stream)) if contains(d, where.terms))
