@@ -100,7 +100,7 @@ def neighborhood_attention(
     Equals:  attention(query, key, value) where the window is the grid.
     Source:  Hassani et al., Generalized Neighborhood Attention, arXiv:2504.16922.
     """
-    compute = native.kernel("neighborhood_attention", query, key, value, key_bias)
+    compute = native.native("neighborhood_attention", query, key, value, key_bias)
     if compute is None:
         return tiled_attention(query, key, value, queries, keys, order, rows, mask, None, None, key_bias, scale=scale)
     scale = query.shape[-1] ** -0.5 if scale is None else scale
