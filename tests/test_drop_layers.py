@@ -17,7 +17,7 @@ from tokenopt.passes.drop_layers import DropLayers
 from tokenopt.passes.fold_constants import FoldConstants
 from tokenopt.passes.raise_attention import RaiseAttention
 from tokenopt.passes.remove_dead import RemoveDead
-from tokenopt.pipeline import Pipeline, PipelineResult
+from tokenopt.pipeline import Pipeline, PipelineResult, _options
 from tokenopt.program import Program
 
 WIDTH, HEADS, LAYERS, TEXT, PATCHES = 16, 2, 3, 5, 16
@@ -171,6 +171,13 @@ def test_what_is_refused(program: Program) -> None:
     for options in ({"heads": "3/0"}, {"heads": "1"}, {"attention": "first"}):
         with pytest.raises(UsageError):
             dropped(program, **options)
+
+
+def test_text_of_the_pass() -> None:
+    options = {"attention": "1:", "mlp": "0,1:30", "heads": "0/1,2/0", "segment": "patch", "seen": False}
+    spec = DropLayers(**options).spec
+    assert spec == "drop-layers{attention=1:,mlp=0,1:30,heads=0/1,2/0,segment=patch,seen=False}"
+    assert _options(spec.split("{")[1].rstrip("}"), "drop-layers") == options
 
 
 @torch.no_grad()
