@@ -69,6 +69,8 @@ class DropLayers(Pass):
                 result.refusals.append(Refusal(site.id, f"its {what} cannot be dropped: {refused.why}", refused.hint))
             else:
                 result.edits.append(Edit(self.spec, f"{site.id} ({what})"))
+        result.edits.reverse()
+        result.refusals.reverse()
         editor.finish()
         return result
 
