@@ -16,12 +16,12 @@ from tokenopt import ops, recipes
 from tokenopt.analysis.axes import propagate
 from tokenopt.analysis.cuts import find_cuts
 from tokenopt.analysis.sites import AttentionSite, find_sites
-from tokenopt.attention.pattern import Pattern
+from tokenopt.attention.pattern import Mask, Pattern
 from tokenopt.attention.recipe import AttentionRecipe
 from tokenopt.budget import within
 from tokenopt.cost import program_flops
 from tokenopt.errors import Refusal, UsageError
-from tokenopt.fitting import fit, needs_data
+from tokenopt.fitting import fit, fit_patterns, needs_data
 from tokenopt.inspection import axis_dict, refusal_of
 from tokenopt.parity import Parity
 from tokenopt.passes.flatten_grids import FlattenGrids
@@ -155,20 +155,29 @@ def _steps(
 
 
 def _fitted(step: Pass, program: Program, data: Sequence[Sequence[Tensor]] | None, weights: str | Path) -> Pass:
-    """A reduction whose recipe has learned from the data what it learns."""
-    if not isinstance(step, ReduceTokens):
+    """A step whose recipe has learned from the data what it learns."""
+    if not isinstance(step, (ReduceTokens, SparsifyAttention)):
         return step
-    recipe, schedule = step.resolved()
+    found = step.resolved()
+    recipe, schedule = found if isinstance(found, tuple) else (found, None)
     if not needs_data(recipe):
         return step
     if not data:
-        part = recipe.score if isinstance(recipe.score, Learned) else recipe.select
         raise UsageError(
             f"recipe {recipe.name} learns from data, and there is none",
-            why=f"{part.kind} '{part.name}': {part.summary()}",
+            why=_learned_part(recipe),
             hint="give inputs like those the model is for (--data FILE)",
         )
+    if isinstance(step, SparsifyAttention):
+        return replace(step, pattern=None, recipe=fit_patterns(recipe, program, data))
     return replace(step, recipe=fit(recipe, schedule, program, data, Path(weights)), settings={})
+
+
+def _learned_part(recipe: TokenRecipe | AttentionRecipe) -> str:
+    if isinstance(recipe, AttentionRecipe):
+        return "; ".join(f"{p}: {p.summary()}" for p in recipe.pattern.values())
+    part = recipe.score if isinstance(recipe.score, Learned) else recipe.select
+    return f"{part.kind} '{part.name}': {part.summary()}"
 
 
 def _budgeted(steps: list[Pass], budget: Budget, program: Program) -> list[Pass]:
@@ -199,12 +208,18 @@ def _checks(
     identity = [s.identity() if isinstance(s, (ReduceTokens, SparsifyAttention)) else s for s in steps]
     if identity != steps and all(_has_identity(s) for s in steps):
         rows += parity.check("identity", _caller(Pipeline(identity).run(program).program, program))
-    sparsifying = [s for s in steps if isinstance(s, SparsifyAttention)]
+    sparsifying = [s for s in steps if isinstance(s, SparsifyAttention) and _has_mask(s)]
     if sparsifying and len(sparsifying) == len([s for s in identity if s not in steps]) and result.changed:
         dense = [replace(s, form="dense") if s in sparsifying else s for s in steps]
         masked = Pipeline(dense).run(program).program
-        rows += Parity(masked, given).check("pattern", _caller(result.program, program))
+        complete = None if given is None else masked.complete(given)
+        rows += Parity(masked, complete).check("pattern", _caller(result.program, program))
     return rows
+
+
+def _has_mask(step: SparsifyAttention) -> bool:
+    """Whether a pattern of a step has a masked dense form to compare with: a different softmax has none."""
+    return any(isinstance(pattern, Mask) for pattern in step.resolved().pattern.values())
 
 
 def _has_identity(step: Pass) -> bool:

@@ -136,7 +136,8 @@ def _options(text: str, name: str) -> dict[str, Any]:
         key, equals, value = item.partition("=")
         if not equals:
             raise UsageError(f"option {item!r} of pass {name} has no value", hint="write key=value")
-        options[key.strip().replace("-", "_")] = yaml.safe_load(value)
+        is_slice = re.fullmatch(r"[-\d,]*:[-\d:,]*", value)  # which YAML would read as a mapping, or in base 60
+        options[key.strip().replace("-", "_")] = value if is_slice else yaml.safe_load(value)
     return options
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import ast
 import inspect
 from collections.abc import Iterator, Sequence
-from dataclasses import MISSING, dataclass, fields, replace
+from dataclasses import MISSING, dataclass, field, fields, replace
 from functools import cache, partial
 from itertools import product
 from types import UnionType
@@ -37,6 +37,8 @@ class Lowered:
         ideal, tile, predicted: speed-up of this attention over dense attention if only seen pairs cost anything, if
             every computed pair costs as much as a dense one, and by the cost model.
         tiles: the tables, where the operation is attention in tiles: a bias of the attention is cut along them.
+        inputs: operands that the program's user gives: (name of the input, shape without the batch, dtype) by the names
+            of the operation's arguments.
     """
 
     op: str
@@ -46,6 +48,7 @@ class Lowered:
     tile: float
     predicted: float
     tiles: Any = None
+    inputs: dict[str, tuple[str, tuple[int, ...], torch.dtype]] = field(default_factory=dict)
 
 
 class Pattern:
@@ -97,6 +100,19 @@ class Pattern:
         return f"{type(self).__name__}({', '.join(parts)})"
 
     __str__ = __repr__
+
+
+class Learned(Pattern):
+    """Stands for a pattern that data decide, for each attention its own."""
+
+    subset: ClassVar[bool] = True
+
+    def lower(self, layout: Layout) -> Lowered:
+        raise Refused("it is learned from data", "give inputs like those the model is for (--data FILE)")
+
+    def fit(self, layout: Layout, attention: Tensor) -> Pattern:
+        """The pattern for one attention, from its mean probabilities [H, N, N] on the data."""
+        raise NotImplementedError
 
 
 class Mask(Pattern):
@@ -422,7 +438,7 @@ def parse(text: str | Pattern) -> Pattern:
 
 def names() -> list[str]:
     """The patterns there are."""
-    return sorted(n for n, c in Pattern._known.items() if not n.startswith("_") and n not in ("Mask", "Or", "And"))
+    return sorted(n for n in Pattern._known if not n.startswith("_") and n not in ("Learned", "Mask", "Or", "And"))
 
 
 def _evaluate(node: ast.expr, depth: int = 0) -> Any:
@@ -469,4 +485,6 @@ def _fits(value: Any, wanted: Any) -> bool:
         return isinstance(value, tuple) and all(_fits(v, get_args(wanted)[0]) for v in value)
     if wanted in (int, bool):
         return type(value) is wanted and abs(value) < 2**31
+    if wanted is float:
+        return type(value) in (float, int)
     return not isinstance(wanted, type) or isinstance(value, wanted)

@@ -35,8 +35,9 @@ def references() -> dict[Any, Callable[..., Any]]:
 
 def attentions() -> set[Any]:
     """The operations that are attention of (query, key, value, ...): dense, and every pattern's."""
-    names = ("attention", "tiled_attention", "neighborhood_attention")
+    patterns = ("tiled", "neighborhood", "pooled", "pooled_tiled", "agent", "region")
+    names = ("attention", *(f"{pattern}_attention" for pattern in patterns))
     return {getattr(torch.ops.tokenopt, name).default for name in names}
 
 
-from tokenopt.ops import attention, mix, score, select, tiles, tokens  # noqa: E402, F401  (they register themselves)
+from tokenopt.ops import attention, lowrank, mix, regions, score, select, tiles, tokens  # noqa: E402, F401  (they register themselves)

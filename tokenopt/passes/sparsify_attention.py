@@ -17,7 +17,7 @@ from tokenopt.attention.layout import Layout
 from tokenopt.attention.masks import Full
 from tokenopt.attention.pattern import Lowered, Mask, Pattern, Refused
 from tokenopt.attention.recipe import AttentionRecipe
-from tokenopt.attention.tiles import additive, reference_mask, tile_as
+from tokenopt.attention.tiles import absent_keys, additive, reference_mask, tile_as
 from tokenopt.errors import Refusal, UsageError
 from tokenopt.graph import GraphEditor
 from tokenopt.pipeline import Pass, PassResult
@@ -78,7 +78,7 @@ class SparsifyAttention(Pass):
         try:
             layout = layout_of(site)
             lowered = _lowered(pattern, layout)
-            if lowered.tiles is None and (site.node.args[3:] and site.node.args[3] is not None or site.causal):
+            if lowered.tiles is None and (any(a is not None for a in site.node.args[3:5]) or site.causal):
                 raise Refused("the attention has a mask or a bias, and this pattern takes none", "a window takes one")
             if lowered.predicted < self.min_speedup:
                 why = f"{lowered.predicted:.2f}x is predicted for this attention, and {self.min_speedup:g}x asked for"
@@ -192,6 +192,7 @@ class _Sparsifier(GraphEditor):
             name: self.shared(name, t.to(dtype) if t.dtype.is_floating_point else t)
             for name, t in lowered.tensors.items()
         }
+        tensors |= {name: self.input(*given) for name, given in lowered.inputs.items()}
         settings = dict(lowered.settings)
         if bias is not None:  # a bias is the attention's own: kernels that read the grid in place take none
             op, settings = "tiled_attention", {}
@@ -248,6 +249,14 @@ class _Sparsifier(GraphEditor):
                 bias = self.insert(bias, torch.ops.aten._to_copy.default, bias, dtype=dtype)
             after = after if bias is node.args[3] else bias
             mask = self.insert(after, torch.ops.aten.add.Tensor, mask, bias, like=node)
+        absent = absent_keys(pattern, layout)
+        if absent is not None:  # one zero key more, that counts as many
+            pad = torch.ops.aten.constant_pad_nd.default
+            key, value = (self.insert(node.prev, pad, n, [0, 0, 0, 1], like=node) for n in (key, value))
+            mask = self.insert(node.prev, pad, mask, [0, 1], like=node)
+            beyond = torch.nn.functional.pad(absent.log()[None, ..., None], (layout.total, 0)).to(dtype)
+            mask = self.insert(mask, torch.ops.aten.add.Tensor, mask, self.shared("absent", beyond), like=node)
+            key_bias = key_bias and self.insert(node.prev, pad, key_bias, [0, 1], like=node)
         attention = torch.ops.tokenopt.attention.default
         return self.insert(node.prev, attention, query, key, value, mask, key_bias, like=node, scale=scale)
 
