@@ -31,6 +31,7 @@ from tokenopt.attention.pattern import Refused, box_tilings
 from tokenopt.attention.tiles import Tiles, absent_keys, additive, reference_mask, tile, tile_as
 
 HEADS = 2
+pytestmark = pytest.mark.usefixtures("small_tiles")
 
 
 def layout(*grid: int, before: int = 0, text: int = 0, causal: bool = False) -> Layout:
