@@ -38,13 +38,14 @@ def _reproducible() -> None:
 
 @pytest.fixture(scope="module")
 def small_tiles() -> Iterator[None]:
-    """Tiles and gathered keys cost nothing but pairs: small grids are cut as large ones are."""
-    from tokenopt.attention import tiles
+    """Small grids are cut as large ones are: tiles and gathered keys cost nothing but pairs; short runs of tokens."""
+    from tokenopt.attention import pattern, tiles
     from tokenopt.passes import sparsify_attention
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(tiles, "_TILE", 0.0)
         patch.setattr(tiles, "_KEY", 0.0)
+        patch.setitem(pattern._BOXES, 1, ((8,), (5,)))
         sparsify_attention._lowered.cache_clear()
         yield
     sparsify_attention._lowered.cache_clear()

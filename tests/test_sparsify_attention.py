@@ -30,7 +30,7 @@ from tokenopt.optimization import Result
 from tokenopt.passes.sparsify_attention import SparsifyAttention
 from tokenopt.pipeline import Pipeline, PipelineResult, parse_passes
 from tokenopt.program import Program, flatten_tensors
-from tokenopt.runtimes.tensorrt import TensorRTRTX
+from tokenopt.runtimes.tensorrt import TensorRTRTX, read_description
 
 pytestmark = pytest.mark.usefixtures("small_tiles")
 rtx = pytest.mark.skipif(TensorRTRTX().available() is not None, reason="tensorrt_rtx is not installed")
@@ -139,6 +139,7 @@ FAMILIES = {
     "hf clip": Family("hf/CLIPVision", thrice(1)),
     "hf sam": Family("hf/SamVision", [Site((7, 7)), Site((7, 7)), Site((16, 16))]),
     "bert": Family("hf/Bert", thrice(1, grid=(19,))),
+    "sentence": Family("hf/SentenceEncoder", thrice(grid=(20,))),  # windows of nothing but padding
     "llama": Family("hf/Llama", thrice(grid=(20,)), sink, SINK),
     "dit": Family("diffusers/DiTTransformer2DModel", thrice()),
     "pixart": Family("diffusers/PixArtTransformer2DModel", [Site((8, 8)), CROSS] * 2),
@@ -279,6 +280,12 @@ def test_each_site_may_have_a_pattern_of_its_own() -> None:
         close(Pipeline(steps).run(canonical("vit")).program.flat(*args, **kwargs), expected)
 
 
+@pytest.mark.parametrize("sites", ["1:", "1:3", ":2", "::2", "0,1:2", "-1", "2"])
+def test_slices_in_text_are_no_yaml(sites: str) -> None:
+    (step,) = parse_passes(f"sparsify-attention{{pattern=Neighborhood(3),sites={sites},grid=[8, 8],min-speedup=0}}")
+    assert str(step.sites) == sites and step.grid == [8, 8] and step.min_speedup == 0
+
+
 def test_an_attention_gets_one_pattern() -> None:
     once = Pipeline(parse_passes("sparsify-attention{pattern=Stripe(rows=1),sites=0,min-speedup=0}"))
     twice = Pipeline([SparsifyAttention("Neighborhood(3)", min_speedup=0)]).run(once.run(canonical("vit")).program)
@@ -415,3 +422,52 @@ def test_reductions_and_patterns(steps: list[str], sites: set[int], counts: dict
     with torch.no_grad():
         expected = merged({i: m for i, m in masks("vit").items() if i in sites}, counts, x)
     close(result.program.flat(x), [expected])
+
+
+# -- files and runtimes ------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", ["vit", "eva02", "beit", "sentence", "llama"])
+def test_onnx_runtime_computes_the_pattern(name: str, tmp_path: Path) -> None:
+    program = optimised(name).program
+    engine = runtimes.get("onnxruntime").build(program, tmp_path / "model.onnx")
+    assert {c.batch for c in engine.parity if c.inputs == "random"} == {1, 3}
+    assert all(c.passed and all(s.max_rel < 1e-4 for s in c.outputs.values()) for c in engine.parity)
+    if name == "vit":  # the three attentions share their tables
+        tables = [numpy_helper.to_array(t) for t in onnx.load(tmp_path / "model.onnx").graph.initializer]
+        contents = [(t.dtype, t.shape, t.tobytes()) for t in tables if t.size > 16]
+        assert len(contents) == len(set(contents))
+
+
+@pytest.mark.tensorrt
+@rtx
+@pytest.mark.parametrize("name", ["vit", "beit"])
+def test_an_engine_is_built(name: str, tmp_path: Path) -> None:
+    program = optimised(name).program
+    built = runtimes.get("tensorrt-rtx").build(program, tmp_path / "model.engine")
+    assert read_description(built.path).outputs == program.outputs
+
+
+def tables(program: Program) -> list[str]:
+    return sorted(name for name in program.exported.constants if name.startswith("pattern_"))
+
+
+def test_equal_tables_are_stored_once(tmp_path: Path) -> None:
+    names = ["pattern_keys", "pattern_mask", "pattern_order", "pattern_queries", "pattern_rows"]
+    assert tables(optimised("vit").program) == names
+    loaded = load_program(optimised("vit").program.save(tmp_path / "model.pt2"))
+    assert tables(loaded) == names
+    mixed = Pipeline([SparsifyAttention("Neighborhood(3)", sites="0,1", min_speedup=0),
+                      SparsifyAttention("Stripe(rows=1)", sites="2", min_speedup=0)]).run(canonical("vit"))  # fmt: skip
+    assert len(tables(mixed.program)) < 2 * len(names) and "pattern_keys_1" in tables(mixed.program)
+
+
+@pytest.mark.parametrize("name", ["vit", "beit", "sentence"])
+def test_a_saved_pattern_runs_at_other_batch_sizes(name: str, tmp_path: Path) -> None:
+    program = optimised(name).program
+    loaded = load_program(program.save(tmp_path / "model.pt2"))
+    for batch in (1, 5):
+        args, kwargs = captured(name).random_inputs(batch, seed=7)
+        close(loaded.flat(*args, **kwargs), program.flat(*args, **kwargs), 0)
+    again = optimize(loaded, recipe="Neighborhood(3)", min_speedup=0)
+    assert not again.changed and all("has a pattern" in r["why"] for r in again.report.refusals)

@@ -79,7 +79,7 @@ class SparsifyAttention(Pass):
         for where in recipe.pattern:
             if sites and not site_numbers(where, len(sites)):
                 why = f"there are {len(sites)} attentions, numbered from 0"
-                raise UsageError(f"no attention has the number {where}", why=why, hint='in quotes: sites="1:3"')
+                raise UsageError(f"no attention has the number {where}", why=why, hint="all, 0,2,-1 or ::2")
         chosen = ((s, recipe.pattern_at(i, len(sites))) for i, s in enumerate(sites))
         return [self._choice(site, pattern) for site, pattern in chosen if pattern is not None]
 
