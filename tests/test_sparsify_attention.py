@@ -131,7 +131,6 @@ FAMILIES = {
     "eva02": Family("timm/eva02_tiny_patch14_224", thrice(1)),
     "beit": Family("timm/beit_base_patch16_224", thrice(1)),
     "siglip": Family("timm/vit_base_patch16_siglip_224", [*thrice(), CROSS]),
-    "sam": Family("timm/samvit_base_patch16_224", [Site((4, 4)), Site((4, 4)), Site((8, 8))]),
     "swin": Family("timm/swin_tiny_patch4_window7_224",
                    [Site((7, 7)), "more dimensions than batch and heads"] * 2 + [Site((7, 7))]),
     "hf vit": Family("hf/ViT", thrice(1)),
