@@ -451,6 +451,19 @@ def patterned(axes: Axes, node: fx.Node) -> Dims:
     return (*dq[:-1], dv[-1])
 
 
+@axis_rule("tokenopt.tile_bias")
+def tiled_bias(axes: Axes, node: fx.Node) -> Dims:
+    bias, shape = node.args[0], axes.shape(node.meta["val"])
+    dims = axes.of(bias)
+    for dim in range(max(len(dims) - 2, 0), len(dims)):
+        if length(dims[dim]) > 1:
+            axes.effect(node, bias, dim, EffectKind.LAYOUT, "an attention pattern reads it as a grid")
+    lead = [() if size == 1 else axes.fresh(size, node, i) for i, size in enumerate(shape[:2])]
+    if len(dims) == 4:
+        lead = [d if length(d) == size else own for d, size, own in zip(dims[:2], shape[:2], lead, strict=True)]
+    return (*lead, *(axes.fresh(size, node, i) for i, size in enumerate(shape[2:], 2)))
+
+
 axis_rule("aten.outer", "i, j -> i j")
 
 

@@ -17,10 +17,10 @@ from tokenopt.attention.pattern import Lowered, Mask, Refused
 
 _PAIRS = 2**25  # pairs of tokens looked at in one go
 
-# What a tile costs in units of one query-key pair of dense attention, fitted to ONNX Runtime and torch on CPUs
-# (benchmarks/attention.py): pairs in small batched products run at about three quarters of the speed of dense ones, and
-# gathering a key and its value, and opening a tile, cost so many pairs.
-_PAIR, _KEY, _TILE = 1.25, 8.0, 3000.0
+# What tiles cost in units of one query-key pair of dense attention, fitted to ONNX Runtime on a CPU with AVX-512
+# (benchmarks/attention.py): a pair in small batched products costs more than a dense one, with a mask about twice as
+# much, and gathering a key with its value, opening a tile, and gathering a query and its result cost so many pairs.
+_PAIR, _MASKED, _KEY, _TILE, _QUERY = 1.3, 1.9, 22.0, 3500.0, 55.0
 
 
 @dataclass(frozen=True)
@@ -68,7 +68,8 @@ class Tiles:
     def predicted(self) -> float:
         """Speed-up of attention by the cost model."""
         rows = len(self.rows) * self.layout.total
-        return self.layout.total**2 / (rows + _cost(self.queries.shape[1], self.queries.shape[2], self.keys.shape[2]))
+        cost = _cost(*self.queries.shape[1:], self.keys.shape[2], self.mask is not None)
+        return self.layout.total**2 / (rows + cost)
 
     def lowered(self) -> Lowered:
         """The call of ``tokenopt::tiled_attention``."""
@@ -87,8 +88,9 @@ def additive(mask: Tensor) -> Tensor:
     return torch.zeros(mask.shape).masked_fill_(~mask, float("-inf"))
 
 
-def _cost(tiles: int, queries: int, keys: int) -> float:
-    return tiles * (queries * keys * _PAIR + keys * _KEY + _TILE)
+def _cost(tiles: int, queries: int, keys: int, masked: bool) -> float:
+    pair = _MASKED if masked else _PAIR
+    return tiles * (queries * (keys * pair + _QUERY) + keys * _KEY + _TILE)
 
 
 def tile(pattern: Mask, layout: Layout) -> Tiles:
@@ -107,7 +109,7 @@ def tile(pattern: Mask, layout: Layout) -> Tiles:
 def tile_as(pattern: Mask, layout: Layout, queries: Tensor) -> Tiles:
     """The tables of a mask in given tiles of queries, [H, T, Q]."""
     heads = list(pattern.by_head(layout.heads)) * len(queries)
-    return _joined(heads, layout, [(q, _width(head, layout, q)) for head, q in zip(heads, queries, strict=True)])
+    return _joined(heads, layout, [(q, _width(head, layout, q)[0]) for head, q in zip(heads, queries, strict=True)])
 
 
 def _joined(heads: list[Mask], layout: Layout, tilings: list[tuple[Tensor, int]]) -> Tiles:
@@ -152,17 +154,21 @@ def _best_tiling(pattern: Mask, layout: Layout) -> tuple[Tensor, int]:
     best = None
     for tiling in _distinct(pattern.tilings(layout)):
         queries = tiling + layout.start
-        width = _width(pattern, layout, queries)
-        cost = _cost(*queries.shape, width)
+        width, masked = _width(pattern, layout, queries)
+        cost = _cost(*queries.shape, width, masked)
         if best is None or cost < best[0]:
             best = cost, queries, width
     assert best is not None, "every pattern has a tiling"
     return best[1:]
 
 
-def _width(pattern: Mask, layout: Layout, queries: Tensor) -> int:
-    """Keys that the tile which sees most of them reads."""
-    return max(int(seen.any(1).sum(-1).max()) for _, seen in _visible(pattern, layout, queries))
+def _width(pattern: Mask, layout: Layout, queries: Tensor) -> tuple[int, bool]:
+    """Keys that the tile which sees most of them reads, and whether some pair of a tile is hidden."""
+    width, seen_pairs = 0, 0
+    for _, seen in _visible(pattern, layout, queries):
+        width = max(width, int(seen.any(1).sum(-1).max()))
+        seen_pairs += int(seen.sum())
+    return width, seen_pairs < queries.numel() * width
 
 
 def _distinct(tilings: Iterator[Tensor]) -> Iterator[Tensor]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from tokenopt.ops import op
+from tokenopt.ops import native, op
 from tokenopt.ops.attention import attention
 
 _HIDDEN = -3e4  # in every dtype; exp of it is 0
@@ -102,7 +102,17 @@ def neighborhood_attention(
     Equals:  attention(query, key, value) where the window is the grid.
     Source:  Hassani et al., Generalized Neighborhood Attention, arXiv:2504.16922.
     """
-    return tiled_attention(query, key, value, queries, keys, order, rows, mask, None, None, key_bias, scale=scale)
+    compute = native.native("neighborhood_attention", query, key, value, key_bias)
+    if compute is None:
+        return tiled_attention(query, key, value, queries, keys, order, rows, mask, None, None, key_bias, scale=scale)
+    scale = query.shape[-1] ** -0.5 if scale is None else scale
+    axes = {"grid": grid, "window": window, "stride": stride, "dilation": dilation, "causal": causal}
+    axes = {name: tuple(value) for name, value in axes.items()}
+    out = compute(query, key, value, key_bias, start=start, scale=scale, **axes)
+    if not rows.shape[0]:
+        return out
+    few = attention(query.index_select(2, rows), key, value, None, key_bias, scale=scale)
+    return torch.cat([few[:, :, :start], out, few[:, :, start:]], 2)
 
 
 @op("(Tensor bias, Tensor queries, Tensor keys) -> Tensor")
