@@ -76,7 +76,7 @@ class Tiles:
         """The tables as operands of ``tokenopt::tiled_attention``."""
         tensors = {"queries": self.queries, "keys": self.keys, "order": self.order, "rows": self.rows}
         if self.mask is not None:
-            tensors["mask"] = additive(self.mask[0] if len(self.mask) == 1 else self.mask)
+            tensors["mask"] = additive(self.mask)
         if self.row_mask is not None:
             tensors["row_mask"] = additive(self.row_mask)
         if self.absent is not None:
