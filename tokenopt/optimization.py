@@ -130,10 +130,10 @@ def optimize(
 
         done = stage("check")
         checks = _checks(program, result, steps, given)
+        report = _report(program, canonical, result, reducing, steps, checks, short_outputs)
         done()
     if progress is not None:
         progress("check", len(stages), len(stages))
-    report = _report(program, canonical, result, reducing, steps, checks, short_outputs)
     report.timings = {**seconds, **result.timings}
     return Result(result.program, program, report)
 
@@ -156,28 +156,30 @@ def _steps(
 
 def _fitted(step: Pass, program: Program, data: Sequence[Sequence[Tensor]] | None, weights: str | Path) -> Pass:
     """A step whose recipe has learned from the data what it learns."""
-    if not isinstance(step, (ReduceTokens, SparsifyAttention)):
+    if isinstance(step, SparsifyAttention):
+        recipe = step.resolved()
+        if not needs_data(recipe):
+            return step
+        part = next(p for p in recipe.pattern.values() if p.unfitted)
+        given = _required(data, recipe, f"{part}: {part.summary()}")
+        return replace(step, pattern=None, recipe=fit_patterns(recipe, program, given, Path(weights)), sites="all")
+    if not isinstance(step, ReduceTokens):
         return step
-    found = step.resolved()
-    recipe, schedule = found if isinstance(found, tuple) else (found, None)
+    recipe, schedule = step.resolved()
     if not needs_data(recipe):
         return step
-    if not data:
-        raise UsageError(
-            f"recipe {recipe.name} learns from data, and there is none",
-            why=_learned_part(recipe),
-            hint="give inputs like those the model is for (--data FILE)",
-        )
-    if isinstance(step, SparsifyAttention):
-        return replace(step, pattern=None, recipe=fit_patterns(recipe, program, data))
-    return replace(step, recipe=fit(recipe, schedule, program, data, Path(weights)), settings={})
-
-
-def _learned_part(recipe: TokenRecipe | AttentionRecipe) -> str:
-    if isinstance(recipe, AttentionRecipe):
-        return "; ".join(f"{p}: {p.summary()}" for p in recipe.pattern.values())
     part = recipe.score if isinstance(recipe.score, Learned) else recipe.select
-    return f"{part.kind} '{part.name}': {part.summary()}"
+    given = _required(data, recipe, f"{part.kind} '{part.name}': {part.summary()}")
+    return replace(step, recipe=fit(recipe, schedule, program, given, Path(weights)), settings={})
+
+
+def _required(
+    data: Sequence[Sequence[Tensor]] | None, recipe: TokenRecipe | AttentionRecipe, why: str
+) -> Sequence[Sequence[Tensor]]:
+    if not data:
+        hint = "give inputs like those the model is for (--data FILE)"
+        raise UsageError(f"recipe {recipe.name} learns from data, and there is none", why=why, hint=hint)
+    return data
 
 
 def _budgeted(steps: list[Pass], budget: Budget, program: Program) -> list[Pass]:

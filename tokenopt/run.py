@@ -15,6 +15,7 @@ import yaml
 from torch import Tensor
 
 from tokenopt import __version__, recipes, runtimes
+from tokenopt.attention.pattern import parse
 from tokenopt.attention.recipe import AttentionRecipe
 from tokenopt.data import batches, load_arrays, match_inputs
 from tokenopt.errors import LoweringError, TokenoptError, UsageError
@@ -188,7 +189,7 @@ def optimize_model(
         if learned is not None:  # the folder holds all that its recipe needs
             if learned != scorer:
                 shutil.copyfile(learned, scorer)
-            report.recipe = _moved(report.recipe, str(learned), str(out / SCORER))
+            report.recipe, report.patterns = _moved([report.recipe, report.patterns], str(learned), str(out / SCORER))
         report.model["name"] = path.name
         if not result.changed:
             if not (out / PROGRAM).exists():
@@ -304,8 +305,12 @@ def resolved_recipe(report: Report, passes: str | None) -> str:
 
 
 def _learned_weights(recipe: Mapping[str, Any]) -> Path | None:
-    """The file with the weights of a report's learned score."""
-    score = recipe["settings"].get("score")
+    """The file with the weights of a report's learned score, or of its learned patterns."""
+    settings = recipe["settings"]
+    for pattern in map(parse, settings.get("pattern", {}).values()):
+        if getattr(pattern, "weights", None):
+            return Path(pattern.weights)
+    score = settings.get("score")
     weights = score.get("learned", {}).get("weights") if isinstance(score, dict) else None
     return Path(weights) if weights else None
 
@@ -314,7 +319,9 @@ def _moved(data: Any, old: str, new: str) -> Any:
     """Plain data with a path in it replaced."""
     if isinstance(data, dict):
         return {key: _moved(value, old, new) for key, value in data.items()}
-    return new if data == old else data
+    if isinstance(data, list):
+        return [_moved(value, old, new) for value in data]
+    return data.replace(old, new) if isinstance(data, str) else data
 
 
 def _resolved_passes(recipe: str) -> str | None:

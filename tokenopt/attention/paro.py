@@ -5,18 +5,19 @@ from __future__ import annotations
 from dataclasses import dataclass
 from itertools import permutations
 from math import ceil, prod
+from typing import ClassVar
 
 import torch
 from torch import Tensor
 
 from tokenopt.attention.layout import Layout
 from tokenopt.attention.masks import BlockMap
-from tokenopt.attention.pattern import Learned, PerHead, Permuted, per_head, permuted
+from tokenopt.attention.pattern import Lowered, Pattern, PerHead, Permuted, Refused, per_head, permuted
 from tokenopt.errors import UsageError
 
 
 @dataclass(frozen=True, repr=False)
-class Paro(Learned):
+class Paro(Pattern):
     """Each head sees the blocks that hold most of its attention on the data, in the order of axes that suits it best.
 
     Attributes:
@@ -27,6 +28,7 @@ class Paro(Learned):
         here every block of queries has as many, which makes tiles of one size.
     """
 
+    subset: ClassVar[bool] = True
     block: int = 64
     density: float = 0.3
 
@@ -35,9 +37,20 @@ class Paro(Learned):
         if self.block < 1 or not 0 < self.density <= 1:
             raise UsageError(f"not a block map: {self}", hint="block=64, density=0.3")
 
-    def fit(self, layout: Layout, attention: Tensor) -> PerHead:
+    @property
+    def unfitted(self) -> bool:
+        return True
+
+    def lower(self, layout: Layout) -> Lowered:
+        raise Refused("it is learned from data", "give inputs like those the model is for (--data FILE)")
+
+    def fit(self, layout: Layout, query: Tensor, key: Tensor) -> tuple[PerHead, dict[str, Tensor]]:
+        """The blocks that hold most of the mean probabilities [H, N, N] on the data."""
+        mean = query.new_zeros(query.shape[1], layout.total, layout.total)
+        for q, k in zip(query, key, strict=True):
+            mean += (q @ k.transpose(-2, -1) * layout.head_dim**-0.5).softmax(-1)
         on_grid = slice(layout.start, layout.start + layout.count)
-        return choose(attention[:, on_grid, on_grid], layout.grid, self.block, self.density)
+        return choose(mean[:, on_grid, on_grid] / len(query), layout.grid, self.block, self.density), {}
 
 
 def choose(attention: Tensor, grid: tuple[int, ...], block: int, density: float) -> PerHead:

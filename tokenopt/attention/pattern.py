@@ -39,6 +39,8 @@ class Lowered:
         tiles: the tables, where the operation is attention in tiles: a bias of the attention is cut along them.
         inputs: operands that the program's user gives: (name of the input, shape without the batch, dtype) by the names
             of the operation's arguments.
+        dense: name of an operation on the same operands that gives the bias under which dense attention equals it,
+            where that depends on the content.
     """
 
     op: str
@@ -49,6 +51,7 @@ class Lowered:
     predicted: float
     tiles: Any = None
     inputs: dict[str, tuple[str, tuple[int, ...], torch.dtype]] = field(default_factory=dict)
+    dense: str = ""
 
 
 class Pattern:
@@ -85,6 +88,23 @@ class Pattern:
         """
         raise NotImplementedError
 
+    def whole(self, layout: Layout, lowered: Lowered) -> Lowered:
+        """What it was lowered to, computed in the same way with all keys: dense attention. Only of a subset."""
+        raise NotImplementedError
+
+    @property
+    def unfitted(self) -> bool:
+        """Whether it has to be fitted on data before it can be lowered."""
+        return False
+
+    def fit(self, layout: Layout, query: Tensor, key: Tensor) -> tuple[Pattern, dict[str, Tensor]]:
+        """The pattern fitted on queries and keys [B, H, N, D] of one attention, and its weights by name.
+
+        Where there are weights, the pattern has the fields ``weights``, the file they are in, and ``site``, the number
+        of the attention that they are for.
+        """
+        raise NotImplementedError
+
     @classmethod
     def summary(cls) -> str:
         return (inspect.getdoc(cls) or "").split("\n")[0]
@@ -102,19 +122,6 @@ class Pattern:
     __str__ = __repr__
 
 
-class Learned(Pattern):
-    """Stands for a pattern that data decide, for each attention its own."""
-
-    subset: ClassVar[bool] = True
-
-    def lower(self, layout: Layout) -> Lowered:
-        raise Refused("it is learned from data", "give inputs like those the model is for (--data FILE)")
-
-    def fit(self, layout: Layout, attention: Tensor) -> Pattern:
-        """The pattern for one attention, from its mean probabilities [H, N, N] on the data."""
-        raise NotImplementedError
-
-
 class Mask(Pattern):
     """A pattern that says of every pair of tokens whether the query sees the key.
 
@@ -130,6 +137,13 @@ class Mask(Pattern):
         from tokenopt.attention.tiles import tile
 
         return tile(self, layout).lowered()
+
+    def whole(self, layout: Layout, lowered: Lowered) -> Lowered:
+        """The same tiles, each with all keys."""
+        from tokenopt.attention.masks import Full
+        from tokenopt.attention.tiles import tile_as
+
+        return tile_as(Full(), layout, lowered.tiles.queries).lowered()
 
     def allows(self, query: Tokens, key: Tokens) -> Tensor:
         """bool [Q, K]: whether each query on the grid sees each key on the grid; elsewhere it does not matter."""

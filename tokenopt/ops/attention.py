@@ -35,14 +35,7 @@ def attention(
         if compute is not None:
             scale = query.shape[-1] ** -0.5 if scale is None else scale
             return compute(query, key, value, key_bias, scale=scale, is_causal=is_causal)
-    if key_bias is not None:
-        columns = key_bias[:, None, None, :]
-        if bias is None:
-            bias = columns.to(query.dtype)
-        elif bias.dtype is torch.bool:
-            bias = torch.where(bias, columns.to(query.dtype), float("-inf"))
-        else:
-            bias = bias + columns.to(bias.dtype)
+    bias = joined_bias(bias, key_bias, query.dtype)
     rank = query.dim()
     if rank == 4:
         return _sdpa(query, key, value, bias, scale, is_causal)
@@ -56,6 +49,18 @@ def attention(
         bias = bias.expand(*query.shape[:-2], *bias.shape[-2:]).flatten(1, -3)
     q, k, v = (t.flatten(1, -3) for t in (query, key, value))
     return _sdpa(q, k, v, bias, scale, is_causal).unflatten(1, lead)
+
+
+def joined_bias(bias: Tensor | None, key_bias: Tensor | None, dtype: torch.dtype) -> Tensor | None:
+    """A bias on all logits with one on the keys [B, M] in it."""
+    if key_bias is None:
+        return bias
+    columns = key_bias[:, None, None, :]
+    if bias is None:
+        return columns.to(dtype)
+    if bias.dtype is torch.bool:
+        return torch.where(bias, columns.to(dtype), float("-inf"))
+    return bias + columns.to(bias.dtype)
 
 
 def _sdpa(

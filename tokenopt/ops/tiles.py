@@ -59,7 +59,7 @@ def tiled_attention(
         column = absent.to(query.dtype).unsqueeze(-1).expand(*bias.shape[: max(bias.dim() - 4, 0)], -1, -1, -1, 1)
         lead = torch.broadcast_shapes(bias.shape[:-1], column.shape[:-1])
         bias = torch.cat([bias.expand(*lead, -1), column.expand(*lead, -1)], -1)
-    out = _attend(q, k, v, bias, scale)
+    out = attend(q, k, v, bias, scale)
     out = out.flatten(2, 3)
     if rows.shape[0]:
         few = attention(query.index_select(2, rows), key, value, row_mask, key_bias, scale=scale)
@@ -152,7 +152,7 @@ def _flat(index: Tensor, count: int) -> Tensor:
     return (index + first).flatten()
 
 
-def _attend(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None, scale: float) -> Tensor:
+def attend(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None, scale: float) -> Tensor:
     """Attention of rank 5, [B, H, T, Q, D], by one of rank 4: heads become batch where they share the mask."""
     batch, heads, tiles = q.shape[:3]
     shared = bias is None or bias.dim() < 4 or (bias.shape[-4] == 1 and (bias.dim() == 4 or bias.shape[0] == 1))

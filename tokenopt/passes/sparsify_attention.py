@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import lru_cache
 from typing import Any, ClassVar
@@ -15,10 +16,9 @@ from tokenopt.analysis.axes import propagate
 from tokenopt.analysis.sites import AttentionSite, Segment, find_sites, with_grid
 from tokenopt.analysis.terms import Factor
 from tokenopt.attention.layout import Layout
-from tokenopt.attention.masks import Full
 from tokenopt.attention.pattern import Lowered, Mask, Pattern, Refused
 from tokenopt.attention.recipe import AttentionRecipe, site_numbers
-from tokenopt.attention.tiles import absent_keys, additive, reference_mask, tile_as
+from tokenopt.attention.tiles import absent_keys, additive, reference_mask
 from tokenopt.errors import Refusal, UsageError
 from tokenopt.graph import GraphEditor
 from tokenopt.pipeline import Pass, PassResult
@@ -40,8 +40,8 @@ class SparsifyAttention(Pass):
         sites: which attentions a pattern is for: all, numbers or a slice.
         grid: of the tokens, where the graph does not show it.
         min_speedup: of one attention, by the cost model; 0 takes every site.
-        form: "tiles"; "identity" computes the same tiles with all keys, and "dense" masks dense attention: what the
-            other two are checked against.
+        form: "tiles"; "identity" computes the same tiles with all keys, and "dense" masks dense attention, by what the
+            content chooses where the pattern depends on it: what the other two are checked against.
     """
 
     pattern: Any = None
@@ -67,7 +67,7 @@ class SparsifyAttention(Pass):
         return recipe.with_settings({key: value for key, value in given.items() if value is not None})
 
     def identity(self) -> SparsifyAttention:
-        """The same tiles, each with all keys: equals dense attention, where the pattern is a mask."""
+        """The same tiles, each with all keys: equals dense attention, where the pattern is a subset of its softmax."""
         return replace(self, form="identity")
 
     def plan(self, program: Program) -> list[Choice]:
@@ -88,8 +88,8 @@ class SparsifyAttention(Pass):
         try:
             layout = layout_of(site)
             lowered = _lowered(pattern, layout)
-            if lowered.tiles is None and (any(a is not None for a in site.node.args[3:5]) or site.causal):
-                raise Refused("the attention has a mask or a bias, and this pattern takes none", "a window takes one")
+            if lowered.tiles is None and (missing := _missing(lowered, site)):
+                raise Refused(f"the attention has {missing}, and this pattern takes none", "a window takes one")
             if lowered.predicted < self.min_speedup:
                 why = f"{lowered.predicted:.2f}x is predicted for this attention, and {self.min_speedup:g}x asked for"
                 hint = "a smaller window or a larger input; --min-speedup 0 takes it all the same"
@@ -135,16 +135,32 @@ class Choice:
         return row | {"refusal": self.refusal.to_dict() if self.refusal else None}
 
 
-@lru_cache(maxsize=64)
+def _remembered(function: Callable[[Pattern, Layout], Lowered]) -> Callable[[Pattern, Layout], Lowered]:
+    """Layers that are alike share their tables; what is read from a file is read again."""
+    cached = lru_cache(maxsize=64)(function)
+    return lambda pattern, layout: (function if getattr(pattern, "weights", None) else cached)(pattern, layout)
+
+
+@_remembered
 def _lowered(pattern: Pattern, layout: Layout) -> Lowered:
-    """Layers that are alike share their tables."""
     return pattern.lower(layout)
 
 
-@lru_cache(maxsize=8)
-def _whole(layout: Layout, pattern: Mask) -> Lowered:
-    """The tiles of a pattern, each with all keys: dense attention."""
-    return tile_as(Full(), layout, _lowered(pattern, layout).tiles.queries).lowered()
+@_remembered
+def _whole(pattern: Pattern, layout: Layout) -> Lowered:
+    return pattern.whole(layout, _lowered(pattern, layout))
+
+
+def _missing(lowered: Lowered, site: AttentionSite) -> str:
+    """What an attention has that the operation does not take."""
+    takes = {a.name for a in getattr(torch.ops.tokenopt, lowered.op).default._schema.arguments}
+    if site.causal and "causal" not in takes:
+        return "a causal mask"
+    return "a mask or a bias" if _bias(site) is not None and "bias" not in takes else ""
+
+
+def _bias(site: AttentionSite) -> fx.Node | None:
+    return site.node.args[3] if len(site.node.args) > 3 else None
 
 
 def layout_of(site: AttentionSite) -> Layout:
@@ -196,8 +212,13 @@ class _Sparsifier(GraphEditor):
         scale = node.kwargs.get("scale")
         if isinstance(pattern, Mask) and self.form == "dense":
             new = self._dense(node, pattern, layout, query, key, value, bias, key_bias, scale)
+        elif lowered.dense and self.form == "dense":
+            called = replace(lowered, op=lowered.dense)
+            mask = self._call(node, called, query, key, value, bias, key_bias, scale)
+            attention = torch.ops.tokenopt.attention.default
+            new = self.insert(mask, attention, query, key, value, mask, like=node, scale=scale)
         else:
-            called = _whole(layout, pattern) if isinstance(pattern, Mask) and self.form == "identity" else lowered
+            called = _whole(pattern, layout) if pattern.subset and self.form == "identity" else lowered
             new = self._call(node, called, query, key, value, bias, key_bias, scale)
         self.replace(node, new)
 
@@ -213,7 +234,10 @@ class _Sparsifier(GraphEditor):
         }
         tensors |= {name: self.input(*given) for name, given in lowered.inputs.items()}
         settings = dict(lowered.settings)
-        if bias is not None:  # a bias is the attention's own: kernels that read the grid in place take none
+        if bias is not None and lowered.tiles is None:
+            if not (settings.get("causal") and self._only_causal(bias)):
+                tensors["bias"] = bias
+        elif bias is not None:  # a bias is the attention's own: kernels that read the grid in place take none
             op, settings = "tiled_attention", {}
             tensors |= self._biased(node, lowered, bias, tensors)
         if key_bias is not None:
@@ -224,6 +248,18 @@ class _Sparsifier(GraphEditor):
         while args and args[-1] is None:
             args.pop()
         return self.insert(node.prev, target, query, key, value, *args, like=node, scale=scale, **settings)
+
+    def _only_causal(self, bias: fx.Node) -> bool:
+        """Whether a mask hides what comes after a query, and nothing else, for all samples."""
+        while bias.target in (torch.ops.aten.expand.default, torch.ops.aten.unsqueeze.default):
+            bias = bias.args[0]
+        value = self.program.constant(bias)
+        if value is None:
+            return False
+        past = torch.ones(value.shape[-2:], dtype=torch.bool).tril()
+        if value.dtype is torch.bool:
+            return bool((value == past).all())
+        return bool((value[..., past] == 0).all()) and bool((value[..., ~past] < -1e4).all())
 
     def _biased(self, node: fx.Node, lowered: Lowered, bias: fx.Node, tensors: dict[str, Any]) -> dict[str, fx.Node]:
         """Mask of the tiles and of the rows with the attention's bias in it."""
