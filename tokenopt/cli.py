@@ -401,11 +401,13 @@ def _sizes(text: str) -> list[int]:
 def _assignments(texts: list[str] | None) -> dict[str, Any]:
     import yaml
 
+    from tokenopt.pipeline import read_value
+
     found = {}
     for text in texts or ():
         key, equals, value = text.partition("=")
         try:
-            found[key.strip().replace("-", "_")] = yaml.safe_load(value)
+            found[key.strip().replace("-", "_")] = read_value(value)
         except yaml.YAMLError as error:
             raise UsageError(f"not a setting: {text!r}", why=str(error).split("\n")[0]) from error
         if not equals or not key.strip():

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import tempfile
 import time
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -16,7 +16,7 @@ from tokenopt import ops, recipes
 from tokenopt.analysis.axes import propagate
 from tokenopt.analysis.cuts import find_cuts
 from tokenopt.analysis.sites import AttentionSite, find_sites
-from tokenopt.attention.pattern import Pattern
+from tokenopt.attention.pattern import Mask, Pattern
 from tokenopt.attention.recipe import AttentionRecipe
 from tokenopt.budget import within
 from tokenopt.cost import program_flops
@@ -29,7 +29,7 @@ from tokenopt.passes.fold_constants import FoldConstants
 from tokenopt.passes.raise_attention import RaiseAttention
 from tokenopt.passes.reduce_tokens import ReduceTokens
 from tokenopt.passes.remove_dead import RemoveDead
-from tokenopt.passes.sparsify_attention import MIN_SPEEDUP, SparsifyAttention
+from tokenopt.passes.sparsify_attention import MIN_SPEEDUP, Choice, SparsifyAttention
 from tokenopt.pipeline import Pass, Pipeline, PipelineResult, parse_passes
 from tokenopt.program import Program, capture, flatten_tensors
 from tokenopt.report import Report
@@ -210,12 +210,19 @@ def _checks(
     identity = [s.identity() if isinstance(s, (ReduceTokens, SparsifyAttention)) else s for s in steps]
     if identity != steps and all(_has_identity(s) for s in steps):
         rows += parity.check("identity", _caller(Pipeline(identity).run(program).program, program))
-    sparsifying = [s for s in steps if isinstance(s, SparsifyAttention)]
-    if sparsifying and len(sparsifying) == len([s for s in identity if s not in steps]) and result.changed:
+    sparsifying = [s for s in steps if isinstance(s, SparsifyAttention) and _has_mask(s)]
+    applied = {e.pass_spec for e in result.edits} & {s.spec for s in sparsifying}
+    if applied and len(sparsifying) == len([s for s in identity if s not in steps]):
         dense = [replace(s, form="dense") if s in sparsifying else s for s in steps]
         masked = Pipeline(dense).run(program).program
-        rows += Parity(masked, given).check("pattern", _caller(result.program, program))
+        complete = None if given is None else masked.complete(given)
+        rows += Parity(masked, complete).check("pattern", _caller(result.program, program))
     return rows
+
+
+def _has_mask(step: SparsifyAttention) -> bool:
+    """Whether a pattern of a step has a masked dense form to compare with: a different softmax has none."""
+    return any(isinstance(pattern, Mask) for pattern in step.resolved().pattern.values())
 
 
 def _has_identity(step: Pass) -> bool:
@@ -276,11 +283,21 @@ def _report(
         ],
         refusals=[r.to_dict() for r in refusals],
         edits=[asdict(e) for e in edits],
-        patterns=[c.to_dict() for s in steps if isinstance(s, SparsifyAttention) for c in s.plan(canonical.program)],
+        patterns=[c.to_dict() for c in _choices(program, canonical, steps)],
         flops={"before": program_flops(canonical.program), "after": program_flops(result.program)},
         tokens={"before": before, "after": after},
         parity=checks,
     )
+
+
+def _choices(program: Program, canonical: PipelineResult, steps: list[Pass]) -> Iterator[Choice]:
+    """What the patterns of each step do at the program that it is given."""
+    plain = (FoldConstants, RaiseAttention, FlattenGrids)
+    for i, step in enumerate(steps):
+        if isinstance(step, SparsifyAttention):
+            before = steps[:i]
+            known = all(isinstance(s, plain) for s in before)
+            yield from step.plan((canonical if known else Pipeline(before).run(program)).program)
 
 
 def _recipe_dict(reducing: list[ReduceTokens], steps: list[Pass], short: bool) -> dict[str, Any]:
@@ -307,7 +324,7 @@ def _unique(refusals: Iterable[Refusal]) -> list[Refusal]:
 def _token_counts(sites: list[AttentionSite], program: Program) -> tuple[list[int], list[int]]:
     """Tokens that enter each attention, before and after; sites that were not raised are as before."""
     now = [n for n in program.graph.nodes if n.target in ops.attentions()]
-    raised = [s for s in sites if s.raised]
-    counts = {s.id: int(n.args[0].meta["val"].shape[-2]) for s, n in zip(raised, now, strict=False)}
+    known = [s for s in sites if s.known]
+    counts = {s.id: int(n.args[0].meta["val"].shape[-2]) for s, n in zip(known, now, strict=False)}
     before = [s.queries for s in sites]
     return before, [counts.get(s.id, s.queries) for s in sites]

@@ -436,10 +436,10 @@ def attention(axes: Axes, node: fx.Node) -> Dims:
     return (*lead, dq[-2], dv[-1])
 
 
-@axis_rule(
-    "tokenopt.tiled_attention tokenopt.neighborhood_attention tokenopt.block_sparse_attention "
-    "tokenopt.routed_attention tokenopt.predicted_attention tokenopt.sorted_attention"
-)
+@axis_rule("tokenopt.tiled_attention tokenopt.neighborhood_attention tokenopt.pooled_attention "
+           "tokenopt.pooled_tiled_attention tokenopt.agent_attention tokenopt.region_attention "
+           "tokenopt.block_sparse_attention tokenopt.routed_attention tokenopt.predicted_attention "
+           "tokenopt.sorted_attention")  # fmt: skip
 def patterned(axes: Axes, node: fx.Node) -> Dims:
     """Attention whose tables name positions: every token has to be where it was."""
     query, key, value = node.args[:3]

@@ -13,7 +13,7 @@ from torch import Tensor
 from tokenopt.attention.layout import Layout
 from tokenopt.attention.masks import Sizes
 from tokenopt.attention.pattern import Lowered, Pattern, Refused, box_tilings, each
-from tokenopt.attention.tiles import tiles_cost
+from tokenopt.attention.tiles import tile_cost
 from tokenopt.errors import UsageError
 from tokenopt.ops.routed import block_route
 
@@ -172,7 +172,7 @@ class Blocks:
         allowed = (self.forced > float("-inf")).sum(-1).clamp(max=topk) * self.keys.shape[1] + rows
         seen = float(((self.queries >= 0).sum(-1) * allowed).sum())
         masked = self.layout.causal or bool((self.keys < 0).any())
-        price = tiles_cost(tiles, queries, keys, masked) + extra
+        price = tile_cost(tiles, queries, keys, masked) + extra
         ratios = (total**2 / (pairs + rows * total) for pairs in (seen, tiles * queries * keys, price))
         return Lowered(op, tensors, settings, *ratios, dense=f"{op}_bias")
 
