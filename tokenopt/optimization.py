@@ -16,8 +16,10 @@ from tokenopt import ops, recipes
 from tokenopt.analysis.axes import propagate
 from tokenopt.analysis.cuts import find_cuts
 from tokenopt.analysis.sites import AttentionSite, find_sites
+from tokenopt.attention.learned import Predicted, Sorted
 from tokenopt.attention.pattern import Mask, Pattern
 from tokenopt.attention.recipe import AttentionRecipe
+from tokenopt.attention.routed import Routed
 from tokenopt.budget import within
 from tokenopt.cost import program_flops
 from tokenopt.errors import Refusal, UsageError
@@ -222,7 +224,8 @@ def _checks(
 
 def _has_mask(step: SparsifyAttention) -> bool:
     """Whether a pattern of a step has a masked dense form to compare with: a different softmax has none."""
-    return any(isinstance(pattern, Mask) for pattern in step.resolved().pattern.values())
+    masked = Mask, Routed, Sorted, Predicted
+    return any(isinstance(pattern, masked) for pattern in step.resolved().pattern.values())
 
 
 def _has_identity(step: Pass) -> bool:
