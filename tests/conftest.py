@@ -46,6 +46,6 @@ def small_tiles() -> Iterator[None]:
         patch.setattr(tiles, "_TILE", 0.0)
         patch.setattr(tiles, "_KEY", 0.0)
         patch.setitem(pattern._BOXES, 1, ((8,), (5,)))
-        sparsify_attention._lowered.cache_clear()
+        sparsify_attention._shared.cache_clear()
         yield
-    sparsify_attention._lowered.cache_clear()
+    sparsify_attention._shared.cache_clear()

@@ -29,3 +29,7 @@ class Regions(Pattern):
         name = f"regions_{'x'.join(map(str, layout.grid))}"
         given = {"regions": (name, (layout.count,), torch.int64)}
         return Lowered("region_attention", {}, {"start": layout.start}, 1.0, 1.0, 1.0, inputs=given)
+
+    def whole(self, layout: Layout, lowered: Lowered) -> Lowered:
+        """The same: where no region is given, all is seen."""
+        return lowered

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import lru_cache
 from typing import Any, ClassVar
@@ -135,18 +134,18 @@ class Choice:
         return row | {"refusal": self.refusal.to_dict() if self.refusal else None}
 
 
-def _remembered(function: Callable[[Pattern, Layout], Lowered]) -> Callable[[Pattern, Layout], Lowered]:
-    """Layers that are alike share their tables; what is read from a file is read again."""
-    cached = lru_cache(maxsize=64)(function)
-    return lambda pattern, layout: (function if getattr(pattern, "weights", None) else cached)(pattern, layout)
-
-
-@_remembered
-def _lowered(pattern: Pattern, layout: Layout) -> Lowered:
+@lru_cache(maxsize=64)
+def _shared(pattern: Pattern, layout: Layout) -> Lowered:
+    """Layers that are alike share their tables."""
     return pattern.lower(layout)
 
 
-@_remembered
+def _lowered(pattern: Pattern, layout: Layout) -> Lowered:
+    """What is read from a file is read again."""
+    return pattern.lower(layout) if getattr(pattern, "weights", None) else _shared(pattern, layout)
+
+
+@lru_cache(maxsize=8)
 def _whole(pattern: Pattern, layout: Layout) -> Lowered:
     return pattern.whole(layout, _lowered(pattern, layout))
 
@@ -156,6 +155,8 @@ def _missing(lowered: Lowered, site: AttentionSite) -> str:
     takes = {a.name for a in getattr(torch.ops.tokenopt, lowered.op).default._schema.arguments}
     if site.causal and "causal" not in takes:
         return "a causal mask"
+    if len(site.node.args) > 4 and site.node.args[4] is not None and "key_bias" not in takes:
+        return "sizes of merged tokens"
     return "a mask or a bias" if _bias(site) is not None and "bias" not in takes else ""
 
 
