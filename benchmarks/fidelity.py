@@ -371,7 +371,7 @@ def _spread(scores: Sequence[float]) -> str:
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--tasks", nargs="+", default=list(TASKS), choices=list(TASKS))
-    parser.add_argument("--recipes", nargs="+", default=recipes.names(), choices=recipes.names())
+    parser.add_argument("--recipes", nargs="+", default=recipes.names(TokenRecipe), choices=recipes.names())
     parser.add_argument("--ratios", nargs="+", type=float, default=[0.9, 0.75, 0.6, 0.5, 0.35])
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--out", type=Path)

@@ -78,7 +78,7 @@ def rewritten(dense: Program, recipe: TokenRecipe) -> PipelineResult:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--models", nargs="+", default=list(MODELS), choices=list(MODELS))
-    parser.add_argument("--recipes", nargs="+", default=recipes.names())
+    parser.add_argument("--recipes", nargs="+", default=recipes.names(TokenRecipe))
     parser.add_argument("--rounds", type=int, default=7)
     parser.add_argument("--out", type=Path)
     options = parser.parse_args()

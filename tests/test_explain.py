@@ -11,7 +11,7 @@ from tokenopt import recipes, registry
 from tokenopt.errors import UsageError
 from tokenopt.explain import explain_name, explain_site, recipe_rows, summaries
 from tokenopt.report import Report
-from tokenopt.tokens.recipe import PARTS
+from tokenopt.tokens.recipe import PARTS, TokenRecipe
 
 REFUSAL = {"where": "blocks.1.attn", "why": "a convolution reads the grid", "try": "reduce later"}
 
@@ -86,7 +86,7 @@ def test_a_broken_plug_in_does_not_hide_the_others(monkeypatch: pytest.MonkeyPat
 # -- recipes and their parts -------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("name", recipes.names())
+@pytest.mark.parametrize("name", recipes.names(TokenRecipe))
 def test_a_recipe_is_explained_from_its_parts(name: str) -> None:
     recipe = recipes.get(name)
     text = explain_name(name)
@@ -157,7 +157,9 @@ def test_every_recipe_has_a_row() -> None:
     assert set(rows) == set(recipes.names())
     assert rows["fastvggt"]["place"] == "attention"
     assert rows["fastvggt"]["parts"]["place"] == {"attention": {"of": "qkv"}}
-    assert all(row["summary"] and row["paper"] and row["schedule"] for row in rows.values())
+    assert rows["nat"]["parts"] == {"pattern": "Neighborhood(7)"}
+    assert all(row["summary"] and row["paper"] for row in rows.values())
+    assert all(row["schedule"] or "pattern" in row["parts"] for row in rows.values())
 
 
 def test_the_readme_lists_every_recipe() -> None:

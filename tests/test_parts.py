@@ -46,7 +46,7 @@ def reductions(result: PipelineResult) -> list[tuple[int, int]]:
 # -- as text and data --------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("name", recipes.names())
+@pytest.mark.parametrize("name", recipes.names(TokenRecipe))
 def test_recipes_survive_being_written(name: str) -> None:
     recipe = recipes.get(name)
     assert recipe.name == name

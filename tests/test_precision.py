@@ -18,6 +18,7 @@ from tokenopt.passes.reduce_tokens import ReduceTokens
 from tokenopt.passes.remove_dead import RemoveDead
 from tokenopt.pipeline import Pipeline
 from tokenopt.program import Program, capture
+from tokenopt.tokens.recipe import TokenRecipe
 
 HALF = {"fp16": torch.float16, "bf16": torch.bfloat16}
 ops = torch.ops.tokenopt
@@ -121,7 +122,7 @@ def _tuple(value: Any) -> tuple[Tensor, ...]:
 
 
 @pytest.mark.parametrize("half", list(HALF))
-@pytest.mark.parametrize("name", recipes.names())
+@pytest.mark.parametrize("name", recipes.names(TokenRecipe))
 def test_half_precision(name: str, half: str) -> None:
     dtype = HALF[half]
     few, exact = Watch(reduced(name, dtype)), Watch(reduced(name, torch.float32))
@@ -141,7 +142,7 @@ def _named(name: str, batch: int, dtype: torch.dtype) -> dict[str, Tensor]:
     return dict(zip(["ids"], inputs(name, batch, dtype)[1:], strict=False))
 
 
-@pytest.mark.parametrize("name", recipes.names())
+@pytest.mark.parametrize("name", recipes.names(TokenRecipe))
 def test_compiles_without_graph_breaks(name: str) -> None:
     module = reduced(name, torch.float32).module()
     torch._dynamo.reset()

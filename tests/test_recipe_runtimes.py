@@ -23,7 +23,7 @@ from tokenopt.tokens.recipe import PARTS, TokenRecipe
 
 rtx = pytest.mark.skipif(TensorRTRTX().available() is not None, reason="tensorrt_rtx is not installed")
 FOLDER = tempfile.TemporaryDirectory()
-TRIED = {name: recipes.get(name) for name in recipes.names()}
+TRIED = {name: recipes.get(name) for name in recipes.names(TokenRecipe)}
 TRIED["cdpruner-text"] = TRIED["cdpruner"].with_settings({"score": "text"})  # one more input
 
 

@@ -148,7 +148,7 @@ def test_visionzip_equals_the_module(batch: int) -> None:
     close(found, seen.project(torch.stack(tokens)))
 
 
-OUTPUT = [name for name in recipes.names() if recipes.get(name).place.name == "output"]
+OUTPUT = [name for name in recipes.names(TokenRecipe) if recipes.get(name).place.name == "output"]
 DROPPING = [name for name in OUTPUT if recipes.get(name).fuse.name == "drop"]
 
 

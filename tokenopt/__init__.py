@@ -26,6 +26,7 @@ _HOMES = {
     "Schedule": "tokenopt.schedule",
     "Report": "tokenopt.report",
     "TokenoptError": "tokenopt.errors",
+    "attention": "tokenopt",
     "recipes": "tokenopt",
     "runtimes": "tokenopt",
 }

@@ -69,6 +69,9 @@ def inspect(
     static_batch: StaticBatch = False,
     trust: Trust = False,
     allow_missing: AllowMissing = False,
+    pattern: Annotated[
+        str | None, typer.Option(help='Show what an attention pattern would gain: "Neighborhood(7)", or a recipe.')
+    ] = None,
     json: Json = False,
 ) -> None:
     """Show token axes, attention and cuts.
@@ -78,7 +81,8 @@ def inspect(
     from tokenopt import run, terminal
 
     with terminal.Stages() as progress:
-        found = run.inspect_model(model, _source(arch, input_shape, static_batch, trust, allow_missing), progress)
+        source = _source(arch, input_shape, static_batch, trust, allow_missing)
+        found = run.inspect_model(model, source, pattern, progress)
     _show(found, terminal.inspection, json)
     if not found["sites"]:
         raise typer.Exit(UNCHANGED)
@@ -94,7 +98,8 @@ def optimize(
     trust: Trust = False,
     allow_missing: AllowMissing = False,
     recipe: Annotated[
-        str | None, typer.Option(help="A name (see recipes), or a YAML file.", show_default="tome")
+        str | None,
+        typer.Option(help='A name (see recipes), a YAML file, or a pattern: "Neighborhood(7)".', show_default="tome"),
     ] = None,
     settings: Annotated[
         list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="Change a setting of the recipe.")
@@ -108,6 +113,9 @@ def optimize(
     passes: Annotated[
         str | None, typer.Option(help='Other passes: "raise-attention,reduce-tokens{recipe=tome}".')
     ] = None,
+    min_speedup: Annotated[
+        float, typer.Option(min=0.0, help="Of an attention, for a pattern to be applied to it; 0 applies it to all.")
+    ] = 1.1,
     short_outputs: Annotated[bool, typer.Option("--short-outputs", help="Outputs keep the reduced tokens.")] = False,
     to: To = "onnx",
     opset: Opset = None,
@@ -117,7 +125,7 @@ def optimize(
     threads: Threads = None,
     json: Json = False,
 ) -> None:
-    """Reduce tokens; prove, export and time.
+    """Reduce tokens or sparsify attention; prove, export and time.
 
     The folder gets model.pt2, what --to asks for, recipe.resolved.yaml and report.json, when every check has passed.
     """
@@ -134,6 +142,7 @@ def optimize(
             budget=budget,
             settings=_assignments(settings),
             passes=passes,
+            min_speedup=min_speedup,
             short_outputs=short_outputs,
             data=data,
             batch_sizes=_sizes(batch),
@@ -392,11 +401,13 @@ def _sizes(text: str) -> list[int]:
 def _assignments(texts: list[str] | None) -> dict[str, Any]:
     import yaml
 
+    from tokenopt.pipeline import read_value
+
     found = {}
     for text in texts or ():
         key, equals, value = text.partition("=")
         try:
-            found[key.strip().replace("-", "_")] = yaml.safe_load(value)
+            found[key.strip().replace("-", "_")] = read_value(value)
         except yaml.YAMLError as error:
             raise UsageError(f"not a setting: {text!r}", why=str(error).split("\n")[0]) from error
         if not equals or not key.strip():

@@ -67,6 +67,45 @@ def _attention(node: fx.Node, shape: Shapes) -> float:
     return 2.0 * prod(query[:-1]) * key[-2] * (query[-1] + value[-1])
 
 
+def _tiles(node: fx.Node, shape: Shapes) -> float:
+    query, key, value = (shape(n) for n in node.args[:3])
+    _, tiles, size = shape(node.args[3])
+    pairs = tiles * size * shape(node.args[4])[-1] + shape(node.args[6])[0] * key[-2]
+    return 2.0 * prod(query[:2]) * pairs * (query[-1] + value[-1])
+
+
+def _pooling(node: fx.Node, features: int) -> float:
+    """Pooling of a grid with so many features per token, axis by axis."""
+    total, left = 0.0, prod(node.kwargs["grid"])
+    for size, cells in zip(node.kwargs["grid"], node.kwargs["cells"], strict=True):
+        total += 2.0 * left * cells * features if cells != size else 0.0
+        left = left // size * cells
+    return total
+
+
+def _pooled(node: fx.Node, shape: Shapes) -> float:
+    query, key, value = (shape(n) for n in node.args[:3])
+    count = prod(node.kwargs["grid"])
+    others = query[-2] - count
+    pairs = others * key[-2] + count * (others + prod(node.kwargs["cells"]))
+    width = query[-1] + value[-1]
+    return 2.0 * prod(query[:2]) * pairs * width + _pooling(node, prod(query[:2]) * width)
+
+
+def _pooled_tiles(node: fx.Node, shape: Shapes) -> float:
+    key, value = (shape(n) for n in node.args[1:3])
+    width = prod(key[:2]) * (key[-1] + value[-1])
+    rows = 2.0 * width * prod(node.kwargs["cells"]) * shape(node.args[6])[0]
+    return _tiles(node, shape) + rows + _pooling(node, width)
+
+
+def _agents(node: fx.Node, shape: Shapes) -> float:
+    query, key, value = (shape(n) for n in node.args[:3])
+    count, agents = prod(node.kwargs["grid"]), prod(node.kwargs["cells"])
+    pairs = agents * (key[-2] + count) + (query[-2] - count) * key[-2]
+    return 2.0 * prod(query[:2]) * pairs * (query[-1] + value[-1]) + _pooling(node, prod(query[:2]) * query[-1])
+
+
 def _probe(node: fx.Node, shape: Shapes) -> float:
     key = shape(node.args[1])
     return 2.0 * prod(key) * node.args[5]
@@ -168,6 +207,12 @@ def _ours() -> dict[Any, Callable[[fx.Node, Shapes], float]]:
     ops = torch.ops.tokenopt
     return {
         ops.attention.default: _attention,
+        ops.tiled_attention.default: _tiles,
+        ops.neighborhood_attention.default: _tiles,
+        ops.pooled_attention.default: _pooled,
+        ops.pooled_tiled_attention.default: _pooled_tiles,
+        ops.region_attention.default: _attention,
+        ops.agent_attention.default: _agents,
         ops.attention_probe.default: _probe,
         ops.match_bipartite.default: _match,
         ops.merge_tokens.default: _merge,

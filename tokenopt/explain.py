@@ -9,6 +9,9 @@ from dataclasses import MISSING, fields, is_dataclass
 from typing import Any
 
 from tokenopt import errors, ops, recipes, registry
+from tokenopt.attention.pattern import Pattern
+from tokenopt.attention.pattern import names as pattern_names
+from tokenopt.attention.recipe import AttentionRecipe
 from tokenopt.errors import TokenoptError, UsageError
 from tokenopt.report import Report
 from tokenopt.schedule import Schedule
@@ -89,6 +92,10 @@ def recipe_rows() -> list[dict[str, Any]]:
     for row in summaries(_KINDS["recipe"]):
         try:
             data = recipes.get(row["name"]).to_dict()
+            if "pattern" in data:
+                parts = {"pattern": ", ".join(data["pattern"].values())}
+                rows.append(row | {"place": "pattern", "paper": data["paper"], "parts": parts, "schedule": {}})
+                continue
             parts = {kind: data[kind] for kind in PARTS}
             place = next(iter(parts["place"])) if isinstance(parts["place"], dict) else parts["place"]
             row |= {"place": place, "paper": data["paper"], "parts": parts, "schedule": data["schedule"]}
@@ -106,6 +113,8 @@ def _explainable() -> Iterator[tuple[str, str, Any]]:
     for kind, parts in PARTS.items():
         for name in parts.choices():
             yield name, kind, lambda parts=parts, name=name: parts.parse(name)
+    for name in pattern_names():
+        yield name, "pattern", lambda name=name: Pattern._known[name]
     for name, value in vars(errors).items():
         if inspect.isclass(value) and issubclass(value, TokenoptError):
             yield name, "error", lambda value=value: value
@@ -130,8 +139,10 @@ def _describe(kind: str, name: str, value: Any) -> str:
     return "\n".join(lines)
 
 
-def _recipe(recipe: TokenRecipe) -> list[str]:
+def _recipe(recipe: TokenRecipe | AttentionRecipe) -> list[str]:
     """What a recipe does: its parts, their settings, its schedule, and a model before and after it."""
+    if isinstance(recipe, AttentionRecipe):
+        return _attention_recipe(recipe)
     lines = [f"{recipe.name} (recipe)", "", recipe.summary or "(it has no summary)"]
     lines += [f"Source: {recipe.paper}"] * bool(recipe.paper)
     lines += [f"Schedule: {Schedule.parse(recipe.schedule) if recipe.schedule else 'none, give one'}", "", "Parts:"]
@@ -139,6 +150,16 @@ def _recipe(recipe: TokenRecipe) -> list[str]:
     wide = max(len(part.name) for _, part in parts if part is not None)
     lines += [f"  {kind:<8} {part.name:<{wide}}  {part.summary()}" for kind, part in parts if part is not None]
     return [*lines, "", *_settings(recipe.all_settings(), "Settings, for --set:"), "", *_rewrite(recipe)]
+
+
+def _attention_recipe(recipe: AttentionRecipe) -> list[str]:
+    lines = [f"{recipe.name} (recipe)", "", recipe.summary or "(it has no summary)"]
+    lines += [f"Source: {recipe.paper}"] * bool(recipe.paper)
+    lines += ["", "Patterns, for --set pattern=, or --set with one of their settings:"]
+    for where, pattern in recipe.pattern.items():
+        subset = "a subset of the keys" if pattern.subset else "a different softmax"
+        lines.append(f"  {where:<6} {pattern}: {pattern.summary()} ({subset})")
+    return lines
 
 
 def _settings(settings: Mapping[str, Any], title: str) -> list[str]:

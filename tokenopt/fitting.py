@@ -1,4 +1,4 @@
-"""What parts of a recipe learn from data before a program is rewritten: learned scores, and similarity thresholds."""
+"""What a recipe learns from data before a program is rewritten: scores, similarity thresholds, attention patterns."""
 
 from __future__ import annotations
 
@@ -11,12 +11,19 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, fx, nn
 
+from tokenopt.analysis.axes import propagate
+from tokenopt.analysis.sites import find_sites
+from tokenopt.attention.layout import Layout
+from tokenopt.attention.pattern import Learned as LearnedPattern
+from tokenopt.attention.pattern import Refused as NoPattern
+from tokenopt.attention.recipe import AttentionRecipe
 from tokenopt.errors import UsageError
-from tokenopt.graph import add_output
+from tokenopt.graph import GraphEditor, add_output
 from tokenopt.passes.flatten_grids import FlattenGrids
 from tokenopt.passes.fold_constants import FoldConstants
 from tokenopt.passes.raise_attention import RaiseAttention
 from tokenopt.passes.reduce_tokens import Planner, ReduceTokens
+from tokenopt.passes.sparsify_attention import layout_of
 from tokenopt.pipeline import Pipeline
 from tokenopt.program import Program, flatten_tensors
 from tokenopt.schedule import Schedule
@@ -31,8 +38,10 @@ ops = torch.ops.tokenopt
 Batches = Iterable[Sequence[Tensor]]
 
 
-def needs_data(recipe: TokenRecipe) -> bool:
+def needs_data(recipe: TokenRecipe | AttentionRecipe) -> bool:
     """Whether a recipe has parts that have to be fitted on data first."""
+    if isinstance(recipe, AttentionRecipe):
+        return any(isinstance(p, LearnedPattern) for p in recipe.pattern.values())
     score, select = recipe.score, recipe.select
     return (isinstance(score, Learned) and score.weights is None) or (
         isinstance(select, Threshold) and not select.values
@@ -97,6 +106,52 @@ def _observe(
 def _run(program: Program, batch: Sequence[Tensor]) -> list[Tensor]:
     args, kwargs = program.bind(batch)
     return flatten_tensors(program(*args, **kwargs))
+
+
+# -- patterns ----------------------------------------------------------------------------------------------------------
+
+
+def fit_patterns(recipe: AttentionRecipe, program: Program, batches: Batches) -> AttentionRecipe:
+    """The recipe with a pattern for each attention, those that are learned fitted on its mean probabilities.
+
+    Raises:
+        UsageError: if there is no data.
+    """
+    seeing = Pipeline([FoldConstants(), RaiseAttention(), FlattenGrids()]).run(program).program
+    sites = [s for s in find_sites(propagate(seeing))[0] if s.raised]
+    patterns = {i: p for i in range(len(sites)) if (p := recipe.pattern_at(i, len(sites))) is not None}
+    learned: dict[int, tuple[Layout, fx.Node]] = {}
+    for number, site in enumerate(sites):
+        try:
+            if isinstance(patterns.get(number), LearnedPattern):
+                learned[number] = layout_of(site), _probabilities(seeing, site.node)
+        except NoPattern:  # the pass says why
+            continue
+    for _, node in learned.values():
+        add_output(seeing, node, "seen")
+    total, count = [torch.zeros(()) for _ in learned], 0
+    for batch in batches:
+        found = _run(seeing, batch)
+        found = found[len(found) - len(learned) :]
+        total = [t + f.float().sum(0) for t, f in zip(total, found, strict=True)]
+        count += len(batch[0])
+    if not count:
+        raise UsageError("there is no data to fit patterns on")
+    for (number, (layout, _)), attention in zip(learned.items(), total, strict=True):
+        patterns[number] = patterns[number].fit(layout, attention / count)
+    return replace(recipe, pattern={str(number): p for number, p in patterns.items()})
+
+
+def _probabilities(program: Program, node: fx.Node) -> fx.Node:
+    """The probabilities [B, H, N, N] of an attention: its result with the identity for values."""
+    editor = GraphEditor(program)
+    query, key, _, *others = node.args
+    heads, total = key.meta["val"].shape[1:3]
+    own = editor.constant("identity", torch.eye(total, dtype=key.meta["val"].dtype).expand(1, heads, -1, -1))
+    rows = editor.insert(node.prev, aten.mul.Scalar, key, 0)
+    rows = editor.insert(rows, aten.sum.dim_IntList, rows, [3], True)
+    values = editor.insert(rows, aten.add.Tensor, rows, own)
+    return editor.insert(values, node.target, query, key, values, *others, like=node, **node.kwargs)
 
 
 # -- thresholds --------------------------------------------------------------------------------------------------------

@@ -15,20 +15,24 @@ from tokenopt.graph import module_path
 from tokenopt.passes.flatten_grids import FlattenGrids
 from tokenopt.passes.fold_constants import FoldConstants
 from tokenopt.passes.raise_attention import RaiseAttention
+from tokenopt.passes.sparsify_attention import SparsifyAttention
 from tokenopt.pipeline import Pipeline
 from tokenopt.program import Program
 
 
-def inspect(program: Program) -> dict[str, Any]:
+def inspect(program: Program, pattern: Any = None) -> dict[str, Any]:
     """Axes, sites, effects and cuts of a program, and for every site what is legal or why not. JSON-ready.
 
     Constants are folded and attention is raised on a copy first, as `optimize` does.
+
+    Args:
+        pattern: an attention pattern, its text or a recipe of patterns: what it would gain at every attention.
 
     Returns:
         ``model`` {inputs, outputs, nodes} · ``axes`` [{name, length, segments, carried_by}] · ``sites`` [{id, kind,
         axis, queries, keys, heads, head_dim, raised, legal, refusal}] · ``effects`` {axis: {effect: count}} · ``cuts``
         [{site, after, where, axis, width, depth, obligations, restore_before}] · ``opaque`` [{node, op, where,
-        template}]
+        template}] · ``patterns`` as in a report
     """
     canonical = Pipeline([FoldConstants(), RaiseAttention(), FlattenGrids()]).run(program).program
     axes = propagate(canonical)
@@ -47,6 +51,7 @@ def inspect(program: Program) -> dict[str, Any]:
         "opaque": [
             {"node": n.name, "op": str(n.target), "where": module_path(n), "template": template(n)} for n in axes.opaque
         ],
+        "patterns": [] if pattern is None else [c.to_dict() for c in SparsifyAttention(recipe=pattern).plan(canonical)],
     }
 
 

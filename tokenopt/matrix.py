@@ -61,7 +61,7 @@ def recipe_matrix(
         "built" if it cannot run on this machine, else "needs data", "refused" or "differs"; ``error`` is the largest
         relative difference, or null.
     """
-    chosen = list(names if names is not None else recipes.names())
+    chosen = list(names if names is not None else recipes.names(TokenRecipe))
     known = [r for r in RUNTIMES if runtimes.get(r).available() is None] if runtime_names is None else runtime_names
     rows = []
     for done, name in enumerate(chosen):

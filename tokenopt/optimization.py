@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import tempfile
 import time
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -12,13 +12,16 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from tokenopt import ops, recipes
 from tokenopt.analysis.axes import propagate
 from tokenopt.analysis.cuts import find_cuts
 from tokenopt.analysis.sites import AttentionSite, find_sites
+from tokenopt.attention.pattern import Mask, Pattern
+from tokenopt.attention.recipe import AttentionRecipe
 from tokenopt.budget import within
 from tokenopt.cost import program_flops
 from tokenopt.errors import Refusal, UsageError
-from tokenopt.fitting import fit, needs_data
+from tokenopt.fitting import fit, fit_patterns, needs_data
 from tokenopt.inspection import axis_dict, refusal_of
 from tokenopt.parity import Parity
 from tokenopt.passes.flatten_grids import FlattenGrids
@@ -26,6 +29,7 @@ from tokenopt.passes.fold_constants import FoldConstants
 from tokenopt.passes.raise_attention import RaiseAttention
 from tokenopt.passes.reduce_tokens import ReduceTokens
 from tokenopt.passes.remove_dead import RemoveDead
+from tokenopt.passes.sparsify_attention import MIN_SPEEDUP, Choice, SparsifyAttention
 from tokenopt.pipeline import Pass, Pipeline, PipelineResult, parse_passes
 from tokenopt.program import Program, capture, flatten_tensors
 from tokenopt.report import Report
@@ -54,11 +58,12 @@ def optimize(
     model: torch.nn.Module | Program,
     example_inputs: Sequence[Any] | Mapping[str, Any] | Tensor | None = None,
     *,
-    recipe: str | Path | Mapping[str, Any] | TokenRecipe = "tome",
+    recipe: str | Path | Mapping[str, Any] | TokenRecipe | AttentionRecipe | Pattern = "tome",
     schedule: Any = None,
     budget: str | Budget | None = None,
     settings: Mapping[str, Any] | None = None,
     passes: str | Iterable[Pass] | None = None,
+    min_speedup: float = MIN_SPEEDUP,
     short_outputs: bool = False,
     dynamic_batch: bool = True,
     given: Sequence[Tensor] | None = None,
@@ -66,21 +71,22 @@ def optimize(
     weights: str | Path | None = None,
     progress: Progress | None = None,
 ) -> Result:
-    """Reduces the tokens of a model and proves the rewrite.
+    """Reduces the tokens of a model, or gives its attention a pattern, and proves the rewrite.
 
     Checked on fresh random and on example or given inputs, at two batch sizes: the captured graph equals the model; the
     dense canonical graph equals the captured one; the recipe with nothing to remove, its reductions inserted all the
-    same, equals the dense graph.
+    same, equals the dense graph; a pattern computed in tiles equals dense attention under the pattern's mask.
 
     Args:
         model: a module (with ``example_inputs``) or a captured program.
         example_inputs: as for `capture`.
-        recipe: a name, a YAML file, a mapping or a recipe.
+        recipe: a name, a YAML file, a mapping or a recipe; or an attention pattern, or its text.
         schedule: how many tokens to remove where: ``{"r": 13}``, ``{"keep": 0.7, "layers": [3, 6]}``, a text or a file;
             the recipe's own by default.
         budget: "flops=60%" or "tokens=60%" of the dense program's: the schedule is scaled until it is met.
         settings: fields of the recipe to change.
         passes: other passes than the usual ones, as objects or as text.
+        min_speedup: of an attention, by the cost model, for a pattern to be applied there; 0 applies it everywhere.
         short_outputs: outputs that carry tokens keep the reduced ones.
         dynamic_batch: as for `capture`.
         given: inputs to check on beside random ones, as flat tensors.
@@ -113,7 +119,8 @@ def optimize(
     with tempfile.TemporaryDirectory() as scratch:
         done = stage("rewrite")
         written = weights or Path(scratch) / "scorer.safetensors"
-        steps = [_fitted(s, program, data, written) for s in _steps(passes, recipe, schedule, settings, short_outputs)]
+        steps = _steps(passes, recipe, schedule, settings, short_outputs, min_speedup)
+        steps = [_fitted(s, program, data, written) for s in steps]
         canonical = Pipeline([FoldConstants(), RaiseAttention(), FlattenGrids()]).run(program)
         if budget is not None:
             steps = _budgeted(steps, Budget.parse(budget), canonical.program)
@@ -122,7 +129,7 @@ def optimize(
         done()
 
         done = stage("check")
-        checks = _checks(program, canonical, steps, given)
+        checks = _checks(program, result, steps, given)
         done()
     if progress is not None:
         progress("check", len(stages), len(stages))
@@ -132,30 +139,45 @@ def optimize(
 
 
 def _steps(
-    passes: str | Iterable[Pass] | None, recipe: Any, schedule: Any, settings: Mapping[str, Any] | None, short: bool
-) -> list[Pass]:
+    passes: str | Iterable[Pass] | None, recipe: Any, schedule: Any, settings: Mapping[str, Any] | None, short: bool,
+    min_speedup: float,
+) -> list[Pass]:  # fmt: skip
     if passes is not None:
         return parse_passes(passes) if isinstance(passes, str) else list(passes)
+    if isinstance(found := recipes.get(recipe), AttentionRecipe):
+        if schedule is not None or short:
+            raise UsageError(f"recipe {found} keeps all tokens", why="it has no schedule and no short outputs")
+        sparsify = SparsifyAttention(recipe=found.with_settings(settings or {}), min_speedup=min_speedup)
+        return [FoldConstants(), RaiseAttention(), FlattenGrids(), sparsify, RemoveDead()]
     reduce = ReduceTokens(_recipe(recipe), schedule, dict(settings or {}), short)
     reduce.resolved()  # a wrong recipe or schedule is an error before any work is done
     return [FoldConstants(), RaiseAttention(), FlattenGrids(), reduce, RemoveDead()]
 
 
 def _fitted(step: Pass, program: Program, data: Sequence[Sequence[Tensor]] | None, weights: str | Path) -> Pass:
-    """A reduction whose recipe has learned from the data what it learns."""
-    if not isinstance(step, ReduceTokens):
+    """A step whose recipe has learned from the data what it learns."""
+    if not isinstance(step, (ReduceTokens, SparsifyAttention)):
         return step
-    recipe, schedule = step.resolved()
+    found = step.resolved()
+    recipe, schedule = found if isinstance(found, tuple) else (found, None)
     if not needs_data(recipe):
         return step
     if not data:
-        part = recipe.score if isinstance(recipe.score, Learned) else recipe.select
         raise UsageError(
             f"recipe {recipe.name} learns from data, and there is none",
-            why=f"{part.kind} '{part.name}': {part.summary()}",
+            why=_learned_part(recipe),
             hint="give inputs like those the model is for (--data FILE)",
         )
+    if isinstance(step, SparsifyAttention):
+        return replace(step, pattern=None, recipe=fit_patterns(recipe, program, data))
     return replace(step, recipe=fit(recipe, schedule, program, data, Path(weights)), settings={})
+
+
+def _learned_part(recipe: TokenRecipe | AttentionRecipe) -> str:
+    if isinstance(recipe, AttentionRecipe):
+        return "; ".join(f"{p}: {p.summary()}" for p in recipe.pattern.values())
+    part = recipe.score if isinstance(recipe.score, Learned) else recipe.select
+    return f"{part.kind} '{part.name}': {part.summary()}"
 
 
 def _budgeted(steps: list[Pass], budget: Budget, program: Program) -> list[Pass]:
@@ -166,13 +188,11 @@ def _budgeted(steps: list[Pass], budget: Budget, program: Program) -> list[Pass]
 
 
 def _recipe(recipe: Any) -> str | TokenRecipe:
-    from tokenopt import recipes
-
     return recipe if isinstance(recipe, str) else recipes.get(recipe)
 
 
 def _checks(
-    program: Program, canonical: PipelineResult, steps: list[Pass], given: Sequence[Tensor] | None
+    program: Program, result: PipelineResult, steps: list[Pass], given: Sequence[Tensor] | None
 ) -> list[dict[str, Any]]:
     rows: list[dict[str, Any]] = []
     parity = Parity(program, given)
@@ -185,16 +205,39 @@ def _checks(
                 return flatten_tensors(source(*args, **kwargs))
 
         rows += parity.check("capture", eager)
-    identity = [s.identity() if isinstance(s, ReduceTokens) else s for s in steps]
-    if identity != steps:
-        neutral = Pipeline(identity).run(program).program
-
-        def rewritten(*tensors: Tensor) -> list[Tensor]:
-            args, kwargs = neutral.bind(neutral.complete(tensors))
-            return neutral.flat(*args, **kwargs)[: len(program.output_nodes)]
-
-        rows += parity.check("identity", rewritten)
+    identity = [s.identity() if isinstance(s, (ReduceTokens, SparsifyAttention)) else s for s in steps]
+    if identity != steps and all(_has_identity(s) for s in steps):
+        rows += parity.check("identity", _caller(Pipeline(identity).run(program).program, program))
+    sparsifying = [s for s in steps if isinstance(s, SparsifyAttention) and _has_mask(s)]
+    applied = {e.pass_spec for e in result.edits} & {s.spec for s in sparsifying}
+    if applied and len(sparsifying) == len([s for s in identity if s not in steps]):
+        dense = [replace(s, form="dense") if s in sparsifying else s for s in steps]
+        masked = Pipeline(dense).run(program).program
+        complete = None if given is None else masked.complete(given)
+        rows += Parity(masked, complete).check("pattern", _caller(result.program, program))
     return rows
+
+
+def _has_mask(step: SparsifyAttention) -> bool:
+    """Whether a pattern of a step has a masked dense form to compare with: a different softmax has none."""
+    return any(isinstance(pattern, Mask) for pattern in step.resolved().pattern.values())
+
+
+def _has_identity(step: Pass) -> bool:
+    """Whether a setting of a step computes what the dense program does: not so for a different softmax."""
+    if not isinstance(step, SparsifyAttention):
+        return True
+    return all(pattern.subset for pattern in step.resolved().pattern.values())
+
+
+def _caller(rewritten: Program, program: Program) -> Callable[..., list[Tensor]]:
+    """A rewritten program as a function of the inputs of the program it came from."""
+
+    def call(*tensors: Tensor) -> list[Tensor]:
+        args, kwargs = rewritten.bind(rewritten.complete(tensors))
+        return rewritten.flat(*args, **kwargs)[: len(program.output_nodes)]
+
+    return call
 
 
 def _report(
@@ -209,6 +252,8 @@ def _report(
     edits = [e for e in result.edits if e.pass_spec.split("{")[0] not in canonical_names]
     before, after = _token_counts(sites, result.program)
     leaving = {e.site: e.after for e in edits}
+    if not reducing:  # patterns ask for no cut
+        refusals = _unique(result.refusals)
     return Report(
         model={
             "name": type(program.source).__name__ if program.source is not None else "program",
@@ -236,14 +281,29 @@ def _report(
         ],
         refusals=[r.to_dict() for r in refusals],
         edits=[asdict(e) for e in edits],
+        patterns=[c.to_dict() for c in _choices(program, canonical, steps)],
         flops={"before": program_flops(canonical.program), "after": program_flops(result.program)},
         tokens={"before": before, "after": after},
         parity=checks,
     )
 
 
+def _choices(program: Program, canonical: PipelineResult, steps: list[Pass]) -> Iterator[Choice]:
+    """What the patterns of each step do at the program that it is given."""
+    plain = (FoldConstants, RaiseAttention, FlattenGrids)
+    for i, step in enumerate(steps):
+        if isinstance(step, SparsifyAttention):
+            before = steps[:i]
+            known = all(isinstance(s, plain) for s in before)
+            yield from step.plan((canonical if known else Pipeline(before).run(program)).program)
+
+
 def _recipe_dict(reducing: list[ReduceTokens], steps: list[Pass], short: bool) -> dict[str, Any]:
     passes = ",".join(s.spec for s in steps)
+    sparsifying = [s for s in steps if isinstance(s, SparsifyAttention)]
+    if not reducing and len(sparsifying) == 1:
+        recipe = sparsifying[0].resolved().to_dict()
+        return {"name": recipe.pop("name"), "settings": recipe, "passes": passes, "short_outputs": short}
     if not reducing:
         return {"name": None, "settings": {}, "passes": passes, "short_outputs": short}
     recipe = reducing[0].resolved()[0].to_dict()
@@ -261,8 +321,8 @@ def _unique(refusals: Iterable[Refusal]) -> list[Refusal]:
 
 def _token_counts(sites: list[AttentionSite], program: Program) -> tuple[list[int], list[int]]:
     """Tokens that enter each attention, before and after; sites that were not raised are as before."""
-    now = [n for n in program.graph.nodes if n.target is torch.ops.tokenopt.attention.default]
-    raised = [s for s in sites if s.raised]
-    counts = {s.id: int(n.args[0].meta["val"].shape[-2]) for s, n in zip(raised, now, strict=False)}
+    now = [n for n in program.graph.nodes if n.target in ops.attentions()]
+    known = [s for s in sites if s.known]
+    counts = {s.id: int(n.args[0].meta["val"].shape[-2]) for s, n in zip(known, now, strict=False)}
     before = [s.queries for s in sites]
     return before, [counts.get(s.id, s.queries) for s in sites]

@@ -132,9 +132,28 @@ def make_pass(name: str, options: dict[str, Any]) -> Pass:
 
 def _options(text: str, name: str) -> dict[str, Any]:
     options: dict[str, Any] = {}
-    for item in filter(None, (part.strip() for part in re.split(r"[ ,]+(?=[\w-]+=)", text))):
+    for item in filter(None, (part.strip() for part in _split(text))):
         key, equals, value = item.partition("=")
         if not equals:
             raise UsageError(f"option {item!r} of pass {name} has no value", hint="write key=value")
-        options[key.strip().replace("-", "_")] = yaml.safe_load(value)
+        options[key.strip().replace("-", "_")] = read_value(value)
     return options
+
+
+def read_value(text: str) -> Any:
+    """A setting in YAML, but for slices: ``1:`` is no mapping, and ``1:3`` not 63.
+
+    Raises:
+        yaml.YAMLError: if it is none.
+    """
+    return text.strip() if re.fullmatch(r"[\s\d,:-]*\d?:[\s\d,:-]*", text) else yaml.safe_load(text)
+
+
+def _split(text: str) -> list[str]:
+    """The options of a pass; what stands in brackets, as the settings of a pattern do, belongs to one option."""
+    starts, depth = [0], 0
+    for i, letter in enumerate(text):
+        depth += (letter in "([") - (letter in ")]")
+        if depth == 0 and re.match(r"[ ,]+[\w-]+=", text[i:]) and text[i - 1 : i] not in (",", " "):
+            starts.append(i)
+    return [text[a:b].strip(" ,") for a, b in zip(starts, [*starts[1:], len(text)], strict=True)]

@@ -51,6 +51,9 @@ class Report:
                refusal: null or {where, why, try}
     refusals   [{where, why, try}]: everything that was considered and not done
     edits      [{pass_spec, site, before, after}]: everything that was done; before and after count tokens, or null
+    patterns   [{site, pattern, op, subset, grid, tokens, keys, ideal, tile, predicted, refusal}]: attention patterns;
+               keys that a query sees on average, and the speed-up of that attention if only they cost anything, if all
+               pairs that are computed cost the same, and by the cost model; subset: else it is a different softmax
     flops      before, after: floating-point operations of one run at batch size 1, or at the fixed one
     tokens     before, after: [tokens per site]
     parity     [{check, inputs, batch, tolerance, passed, outputs}], the checks that were made
@@ -74,6 +77,7 @@ class Report:
     sites: list[dict[str, Any]] = field(default_factory=list)
     refusals: list[dict[str, Any]] = field(default_factory=list)
     edits: list[dict[str, Any]] = field(default_factory=list)
+    patterns: list[dict[str, Any]] = field(default_factory=list)
     flops: dict[str, Any] = field(default_factory=dict)
     tokens: dict[str, Any] = field(default_factory=dict)
     parity: list[dict[str, Any]] = field(default_factory=list)
@@ -166,7 +170,7 @@ class Report:
     def _tables(self, folder: str | os.PathLike[str]) -> Iterator[Any]:
         gains = new_table("", "before", "after", "gain", right=(1, 2, 3))
         before, after = self.tokens.get("before") or [0], self.tokens.get("after") or [0]
-        if any(before):
+        if any(before) and (self.reduced or not self.patterns):
             gains.add_row("tokens in the last site", f"{before[-1]}", f"{after[-1]}", ratio(before[-1], after[-1]))
             gains.add_row("tokens in all sites", f"{sum(before)}", f"{sum(after)}", ratio(sum(before), sum(after)))
         if self.flops.get("before"):
@@ -177,6 +181,7 @@ class Report:
             b, a = row["before_ms"], row["after_ms"]
             gains.add_row(name, f"{b:.2f} ms", f"{a:.2f} ms", ratio(b, a))
         yield gains
+        yield pattern_table(self.patterns)
         yield parity_table(_merged(self.parity))
         yield refusal_table(self.refusals)
         files = new_table("written", "path")
@@ -207,6 +212,26 @@ def new_table(*columns: str, right: tuple[int, ...] = ()) -> Any:
     table = LiteralTable(box=box.SIMPLE_HEAD, pad_edge=False, header_style="bold")
     for i, column in enumerate(columns):
         table.add_column(column, justify="right" if i in right else "left", overflow="fold")
+    return table
+
+
+def pattern_table(rows: list[dict[str, Any]]) -> Any:
+    """One line per kind of attention and pattern: what a query sees, and what that gains."""
+    columns = ("attention", "pattern", "tokens", "grid", "keys", "ideal", "tiles", "predicted", "")
+    table = new_table(*columns, right=(2, 4, 5, 6, 7))
+    groups: dict[Any, list[dict[str, Any]]] = {}
+    for row in rows:
+        why = row["refusal"]["why"] if row["refusal"] else ""
+        groups.setdefault((row["pattern"], row["tokens"], str(row["grid"]), row["predicted"], why), []).append(row)
+    for (pattern, tokens, _, _, why), found in groups.items():
+        row = found[0]
+        times = lambda v: "" if v is None else f"{v:.2f}x"  # noqa: E731
+        grid = "x".join(map(str, row["grid"])) if row["grid"] else ""
+        verdict = f"no: {why}" if why else "applied" if row["subset"] else "applied: a different softmax"
+        name = found[0]["site"] if len(found) == 1 else f"{found[0]['site']} ... {found[-1]['site']} ({len(found)})"
+        keys = "" if row["keys"] is None else f"{row['keys']:g}"
+        table.add_row(name, pattern, str(tokens), grid, keys, *(times(row[k]) for k in ("ideal", "tile", "predicted")),
+                      verdict)  # fmt: skip
     return table
 
 

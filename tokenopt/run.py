@@ -15,12 +15,14 @@ import yaml
 from torch import Tensor
 
 from tokenopt import __version__, recipes, runtimes
+from tokenopt.attention.recipe import AttentionRecipe
 from tokenopt.data import batches, load_arrays, match_inputs
 from tokenopt.errors import LoweringError, TokenoptError, UsageError
 from tokenopt.inspection import inspect
 from tokenopt.loading import load_program
 from tokenopt.optimization import Result, optimize
 from tokenopt.passes.reduce_tokens import ReduceTokens
+from tokenopt.passes.sparsify_attention import SparsifyAttention
 from tokenopt.pipeline import parse_passes
 from tokenopt.program import InputSpec, Program
 from tokenopt.report import Report
@@ -121,12 +123,14 @@ class Outcome:
     changed: bool
 
 
-def inspect_model(path: Path, source: Source, progress: Progress) -> dict[str, Any]:
-    """What the analysis knows about a model file."""
+def inspect_model(path: Path, source: Source, pattern: str | None, progress: Progress) -> dict[str, Any]:
+    """What the analysis knows about a model file, and what a pattern would gain."""
+    if pattern is not None:
+        SparsifyAttention(recipe=pattern).resolved()
     progress("load", 0, 0)
     program = source.load(path)
     progress("analyse", 0, 0)
-    return inspect(program)
+    return inspect(program, pattern)
 
 
 def optimize_model(
@@ -140,6 +144,7 @@ def optimize_model(
     budget: str | None,
     settings: Mapping[str, Any],
     passes: str | None,
+    min_speedup: float,
     short_outputs: bool,
     data: Path | None,
     batch_sizes: Sequence[int],
@@ -171,6 +176,7 @@ def optimize_model(
             budget=budget,
             settings=settings,
             passes=passes,
+            min_speedup=min_speedup,
             short_outputs=short_outputs,
             given=given[0] if given else None,
             data=_given(data, program.inputs, None),
@@ -288,7 +294,8 @@ def resolved_recipe(report: Report, passes: str | None) -> str:
     if passes is not None:
         content: dict[str, Any] = {"passes": passes}
     else:
-        recipe = {"name": report.recipe["name"], **report.recipe["settings"], "schedule": report.schedule}
+        recipe = {"name": report.recipe["name"], **report.recipe["settings"]}
+        recipe |= {} if "pattern" in recipe else {"schedule": report.schedule}
         if report.recipe["short_outputs"]:
             recipe["restore"] = "none"
         content = {"recipe": recipe, "schedule": report.schedule}
@@ -347,7 +354,11 @@ def _check_method(
 ) -> None:
     """Raises: UsageError for what `optimize` would refuse or ignore, before a large model is loaded for nothing."""
     if passes is None:
-        ReduceTokens(recipes.get(recipe or RECIPE_NAME), schedule, settings).resolved()
+        found = recipes.get(recipe or RECIPE_NAME)
+        if isinstance(found, AttentionRecipe):
+            found.with_settings(settings)
+        else:
+            ReduceTokens(found, schedule, settings).resolved()
         return
     parse_passes(passes)
     if recipe or schedule or settings or short_outputs:

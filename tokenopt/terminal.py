@@ -11,7 +11,7 @@ from rich.console import Console, Group, RenderableType
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 from rich.text import Text
 
-from tokenopt.report import new_table, parity_table, refusal_table
+from tokenopt.report import new_table, parity_table, pattern_table, refusal_table
 
 _WIDTH = 160  # of what is piped: tables are folded less than on a terminal of 80
 
@@ -55,7 +55,9 @@ class Stages:
 
 
 def inspection(found: dict[str, Any]) -> RenderableType:
-    """Axes, sites, effects, cuts and opaque operations of a model."""
+    """Axes, sites, effects, cuts and opaque operations of a model; of a pattern, what it would gain."""
+    if found["patterns"]:
+        return pattern_table(found["patterns"])
     axes = new_table("axis", "length", "segments", "carried by", right=(1,))
     for axis in found["axes"]:
         axes.add_row(axis["name"], str(axis["length"]), _segments(axis["segments"]), _counted(axis["carried_by"]))

@@ -1,1 +1,1 @@
-"""Native kernels of operations; nothing here is imported before a tensor needs it (see ``ops.native``)."""
+"""Attention kernels in Triton, forward only. Nothing imports them before they are used: they alone need triton."""

@@ -33,4 +33,11 @@ def references() -> dict[Any, Callable[..., Any]]:
     return {getattr(torch.ops.tokenopt, name).default: function for name, function in _references.items()}
 
 
-from tokenopt.ops import attention, mix, score, select, tokens  # noqa: E402, F401  (they register themselves)
+def attentions() -> set[Any]:
+    """The operations that are attention of (query, key, value, ...): dense, and every pattern's."""
+    patterns = ("tiled", "neighborhood", "pooled", "pooled_tiled", "agent", "region")
+    names = ("attention", *(f"{pattern}_attention" for pattern in patterns))
+    return {getattr(torch.ops.tokenopt, name).default for name in names}
+
+
+from tokenopt.ops import attention, lowrank, mix, regions, score, select, tiles, tokens  # noqa: E402, F401  (they register themselves)

@@ -6,21 +6,26 @@ import functools
 import importlib
 import os
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.autograd import forward_ad
 
-# (operation, device type) -> "module:function". The function takes the operation's arguments and returns its result. A
-# module that cannot work on this machine raises ImportError when it is imported, and the reference is used.
+# (operation, device type) -> "module:function". A module that cannot work on this machine raises ImportError when it is
+# imported, and the reference is used; one that takes some tensors only has a function ``supported`` of them.
 _KERNELS = {
+    ("attention", "cuda"): "tokenopt.kernels.flash:attention",
+    ("neighborhood_attention", "cpu"): "tokenopt.native.neighborhood:neighborhood_attention",
+    ("neighborhood_attention", "cuda"): "tokenopt.kernels.neighborhood:neighborhood_attention",
     ("attention_probe", "cuda"): "tokenopt.kernels.probe:attention_probe",
     ("attention_received", "cuda"): "tokenopt.kernels.probe:attention_received",
     ("match_bipartite", "cuda"): "tokenopt.kernels.reduce:match_bipartite",
     ("merge_tokens", "cuda"): "tokenopt.kernels.reduce:merge_tokens",
 }
+_off = False
 _DTYPES = {torch.float32, torch.float16, torch.bfloat16, torch.int64, torch.int32, torch.bool}
 
 
@@ -34,12 +39,24 @@ def native(name: str, *tensors: Tensor | None) -> Callable[..., Any] | None:
     """
     given = [tensor for tensor in tensors if tensor is not None]
     target = _KERNELS.get((name, given[0].device.type))
-    if target is None or os.environ.get("TOKENOPT_KERNELS") == "0" or _observed():
+    if target is None or _off or os.environ.get("TOKENOPT_KERNELS") == "0" or _observed():
         return None
     device = given[0].device
     if not all(_plain(tensor) and tensor.device == device for tensor in given):
         return None
-    return _load(target) if device.type != "cuda" or _triton_runs(device) else None
+    kernel, supported = _load(target) if device.type != "cuda" or _triton_runs(device) else (None, None)
+    return kernel if supported is None or supported(*given) else None
+
+
+@contextmanager
+def disabled() -> Iterator[None]:
+    """References only."""
+    global _off
+    before, _off = _off, True
+    try:
+        yield
+    finally:
+        _off = before
 
 
 def _plain(tensor: Tensor) -> bool:
@@ -64,12 +81,14 @@ def _observed() -> bool:
 
 
 @functools.cache
-def _load(target: str) -> Callable[..., Any] | None:
-    module, _, function = target.partition(":")
+def _load(target: str) -> tuple[Callable[..., Any] | None, Callable[..., bool] | None]:
+    """The kernel, and what says which tensors it takes."""
+    name, _, function = target.partition(":")
     try:
-        return getattr(importlib.import_module(module), function)
+        module = importlib.import_module(name)
     except ImportError:
-        return None
+        return None, None
+    return getattr(module, function), getattr(module, "supported", None)
 
 
 @functools.cache

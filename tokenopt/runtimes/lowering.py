@@ -7,32 +7,50 @@ and what the exporter would refuse or get wrong is written differently. Every re
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import torch
 import torch.utils._pytree as pytree
 from torch import Tensor, fx
+from torch.export import ExportedProgram
 from torch.export.graph_signature import OutputKind
 
 from tokenopt import ops
 from tokenopt.graph import remove_dead
 from tokenopt.program import Program
-from tokenopt.runtimes import lowering_tokens
+from tokenopt.runtimes import lowering_tokens, onnx_functions
 
 aten = torch.ops.aten
+_FLOOR = 40.0  # below the largest logit of a row
 _ATTENTION_OPSET = 23  # the first with an attention node
 
 
-def lower(program: Program, opset: int) -> Program:
-    """A copy of the program in the operations that can be exported to this opset. Weights are shared."""
+def lower(program: Program, opset: int, floor: bool = True) -> Program:
+    """A copy of the program in the operations that can be exported to this opset. Weights are shared.
+
+    Args:
+        floor: see `decompose`.
+    """
     lowered = program.clone()
     _freeze(lowered)
     _squeeze_ones(lowered.graph)
     _keep_tensor_outputs(lowered)
     remove_dead(lowered)
-    lowered = Program(lowered.exported.run_decompositions(_table(opset)))
+    lowered = Program(decompose(lowered.exported, opset, floor))
     _join_columns(lowered)
     return lowered
+
+
+def decompose(exported: ExportedProgram, opset: int, floor: bool = True, tiles: bool = False) -> ExportedProgram:
+    """In operations that the exporter writes, and writes right.
+
+    Args:
+        floor: lift hidden logits to a little below the largest of their row: the exponential of what is far below is a
+            denormal number in ONNX Runtime, and its softmax several times slower. e^-40 of a probability is nothing.
+        tiles: all masks hide pairs, as those of attention in tiles do.
+    """
+    return exported.run_decompositions(_table(opset, floor, tiles))
 
 
 def _freeze(program: Program) -> None:
@@ -92,11 +110,14 @@ def _keep_tensor_outputs(program: Program) -> None:
     whole.signature.out_spec = pytree.tree_structure(tuple(nodes))
 
 
-def _table(opset: int) -> dict[Any, Callable[..., Any]]:
-    attention = _attention_node if opset >= _ATTENTION_OPSET else _attention
+def _table(opset: int, floor: bool, tiles: bool) -> dict[Any, Callable[..., Any]]:
+    attention = partial(_attention, floor=floor, hides=tiles)
+    if opset >= _ATTENTION_OPSET and not (tiles and floor):
+        attention = _attention_node
     return {
         **ops.references(),
-        torch.ops.tokenopt.attention.default: _proportional,
+        **onnx_functions.named(),
+        torch.ops.tokenopt.attention.default: partial(_proportional, floor=floor),
         torch.ops.tokenopt.take_tokens.default: lowering_tokens.take_tokens,
         torch.ops.tokenopt.match_bipartite.default: lowering_tokens.match_bipartite,
         torch.ops.tokenopt.merge_tokens.default: lowering_tokens.merge_tokens,
@@ -121,6 +142,8 @@ def _attention(
     *,
     scale: float | None = None,
     enable_gqa: bool = False,
+    floor: bool = False,
+    hides: bool = False,
 ) -> Tensor:
     """Attention of any rank as two matrix products; runtimes fuse the scale and the transposition."""
     if enable_gqa:
@@ -131,9 +154,15 @@ def _attention(
     if mask is None:
         return scores.softmax(-1) @ value
     if mask.dtype is not torch.bool:
-        return (scores + mask).softmax(-1) @ value
-    weights = torch.where(mask, scores, -torch.inf).softmax(-1)
+        return _softmax(scores + mask, floor and hides) @ value
+    weights = _softmax(torch.where(mask, scores, -torch.inf), floor)
     return weights @ value if is_causal else torch.where(mask, weights, 0.0) @ value  # a row may see nothing
+
+
+def _softmax(logits: Tensor, floor: bool) -> Tensor:
+    if floor and logits.dtype is not torch.float64:
+        logits = torch.maximum(logits, logits.amax(-1, keepdim=True) - _FLOOR)
+    return logits.softmax(-1)
 
 
 def _proportional(
@@ -145,6 +174,7 @@ def _proportional(
     *,
     scale: float | None = None,
     is_causal: bool = False,
+    floor: bool = False,
 ) -> Tensor:
     """tokenopt::attention; where a boolean mask meets a key bias, a row that sees nothing stays zero."""
     if bias is None or key_bias is None or bias.dtype is not torch.bool:
@@ -152,7 +182,7 @@ def _proportional(
         return reference(query, key, value, bias, key_bias, scale=scale, is_causal=is_causal)
     scores = query * (query.shape[-1] ** -0.5 if scale is None else scale) @ key.transpose(-2, -1)
     scores = scores + key_bias[:, None, None, :].to(scores.dtype)
-    return torch.where(bias, torch.where(bias, scores, -torch.inf).softmax(-1), 0.0) @ value
+    return torch.where(bias, _softmax(torch.where(bias, scores, -torch.inf), floor), 0.0) @ value
 
 
 def _attention_node(

@@ -15,7 +15,8 @@ from torch import Tensor
 from tokenopt.errors import LoweringError, UsageError
 from tokenopt.program import Program
 from tokenopt.runtimes.base import Capabilities, Engine, replacing
-from tokenopt.runtimes.lowering import lower
+from tokenopt.runtimes.lowering import decompose, lower
+from tokenopt.runtimes.onnx_functions import add_functions
 
 if TYPE_CHECKING:
     import onnx
@@ -43,6 +44,7 @@ class Onnx:
         path: Path,
         *,
         opset: int = OPSET,
+        floor: bool = True,
         tolerance: float | None = None,
         data: Sequence[Sequence[Tensor]] = (),
     ) -> Engine:
@@ -50,6 +52,7 @@ class Onnx:
 
         Args:
             opset: version of the ONNX operators. From 23 on, attention is one node.
+            floor: masks are written as ONNX Runtime is fast with, see `decompose`.
             tolerance: see `prove`.
             data: batches of inputs to compare on besides random ones and the example.
 
@@ -61,7 +64,7 @@ class Onnx:
 
         path = Path(path)
         with replacing(path, obsolete=[data_name(path)]) as staged:
-            write(program, staged, opset)
+            write(program, staged, opset, floor)
             engine = self.load(staged)
             engine.parity = prove(program, engine, tolerance, data)
         engine.path = path
@@ -79,7 +82,7 @@ def data_name(path: Path) -> str:
     return f"{path.name}.data"
 
 
-def write(program: Program, path: Path, opset: int = OPSET) -> None:
+def write(program: Program, path: Path, opset: int = OPSET, floor: bool = True) -> None:
     """Translates a program, and checks the file against the ONNX standard.
 
     Raises:
@@ -92,8 +95,9 @@ def write(program: Program, path: Path, opset: int = OPSET) -> None:
     if opset not in OPSETS:
         raise UsageError(f"the opset {opset} cannot be exported", hint=f"{OPSETS[0]} to {OPSETS[-1]}")
     with _quiet():
-        model = _translate(program, opset)
+        model = _translate(program, opset, floor)
         _tidy(model, program)
+        add_functions(model, opset, lambda body: _write(decompose(body, opset, floor, tiles=True), opset))
         size = sum(value.const_value.nbytes for value in model.graph.initializers.values())
         ir.save(model, path, external_data=data_name(path) if size > INLINE_LIMIT else None)
     try:
@@ -102,17 +106,11 @@ def write(program: Program, path: Path, opset: int = OPSET) -> None:
         raise LoweringError("the exported model is not valid ONNX", where=str(path), why=_first_line(error)) from error
 
 
-def _translate(program: Program, opset: int) -> Any:
+def _translate(program: Program, opset: int, floor: bool) -> Any:
     """The program as a model of onnx_ir."""
     try:
-        exported = torch.onnx.export(
-            lower(program, opset).exported,
-            dynamo=True,
-            opset_version=opset,
-            input_names=[spec.name for spec in program.inputs],
-            output_names=[spec.name for spec in program.outputs],
-            verbose=False,
-        )
+        names = {"input_names": [s.name for s in program.inputs], "output_names": [s.name for s in program.outputs]}
+        model = _write(lower(program, opset, floor).exported, opset, **names)
     except Exception as error:  # the exporter wraps whatever its converters raise
         causes = [error]
         while causes[-1].__cause__ is not None:
@@ -124,13 +122,17 @@ def _translate(program: Program, opset: int) -> Any:
             why=f"{operation} has no ONNX form" if operation else _first_line(causes[-1]),
             hint="replace the operation in the model, or register a decomposition for it",
         ) from error
-    if exported.model.opset_imports[""] != opset:
+    if model.opset_imports[""] != opset:
         raise LoweringError(
             f"the model cannot be converted to opset {opset}",
-            why=f"the exporter stopped at {exported.model.opset_imports['']}",
+            why=f"the exporter stopped at {model.opset_imports['']}",
             hint=f"use opset {OPSET}",
         )
-    return exported.model
+    return model
+
+
+def _write(exported: torch.export.ExportedProgram, opset: int, **names: list[str]) -> Any:
+    return torch.onnx.export(exported, dynamo=True, opset_version=opset, verbose=False, **names).model
 
 
 def _tidy(model: Any, program: Program) -> None:
@@ -172,7 +174,7 @@ def require_expressible(model: onnx.ModelProto, capabilities: Capabilities, runt
     Raises:
         LoweringError: naming the first node that it cannot do, or would silently do wrong.
     """
-    for graph, node in _nodes(model.graph):
+    for graph, node in (pair for part in (model.graph, *model.functions) for pair in _nodes(part)):
         problem = _problem(graph, node, capabilities)
         if problem is not None:
             module = {entry.key: entry.value for entry in node.metadata_props}.get(_MODULE_KEY)
@@ -204,7 +206,7 @@ def _problem(graph: onnx.GraphProto, node: onnx.NodeProto, capabilities: Capabil
     return None
 
 
-def _nodes(graph: onnx.GraphProto) -> Iterator[tuple[onnx.GraphProto, onnx.NodeProto]]:
+def _nodes(graph: Any) -> Iterator[tuple[Any, onnx.NodeProto]]:
     """All nodes with the graph they are in, those of branches and loops too."""
     for node in graph.node:
         yield graph, node
@@ -217,7 +219,7 @@ def _constant(graph: onnx.GraphProto, name: str) -> int | None:
     """The value of a constant of one element."""
     import onnx
 
-    tensors = [t for t in graph.initializer if t.name == name]
+    tensors = [t for t in getattr(graph, "initializer", ()) if t.name == name]  # a function has none
     constants = [n for n in graph.node if n.op_type == "Constant" and name in n.output]
     tensors += [a.t for n in constants for a in n.attribute if a.name == "value"]
     values = [onnx.numpy_helper.to_array(t).reshape(-1) for t in tensors]

@@ -186,7 +186,9 @@ class TensorRT:
         with replacing(path) as staged, tempfile.TemporaryDirectory(prefix=".onnx-", dir=staged.parent) as scratch:
             if source is None:
                 onnx_path = Path(scratch) / "model.onnx"
-                source = onnx_runtime.Onnx().build(program, onnx_path, opset=opset, tolerance=tolerance, data=data)
+                source = onnx_runtime.Onnx().build(
+                    program, onnx_path, opset=opset, floor=False, tolerance=tolerance, data=data
+                )
             self._require_expressible(source.path)
             self._build(source.path, staged, capability, batch_profile, tf32)
             engine = self.load(staged)

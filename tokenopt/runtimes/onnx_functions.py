@@ -1,0 +1,119 @@
+"""Operations that keep their name in an ONNX file: a node of the domain ``tokenopt``, and a function that is its body.
+
+A runtime that knows the operation claims the node; every other one runs the function. Nodes that are alike share one.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from tokenopt.ops import references
+
+if TYPE_CHECKING:
+    import onnx_ir as ir
+
+DOMAIN = "tokenopt"
+NAMED = ("neighborhood_attention", "tiled_attention")
+_BATCH = 2  # of the example that a body is traced with
+_DTYPES = {"FLOAT": "float32", "FLOAT16": "float16", "BFLOAT16": "bfloat16", "DOUBLE": "float64", "INT64": "int64",
+           "BOOL": "bool"}  # fmt: skip
+
+
+def named() -> dict[Any, Callable[..., Tensor]]:
+    """Operation -> one node of its name."""
+    return {getattr(torch.ops.tokenopt, name).default: _node(name) for name in NAMED}
+
+
+def _node(name: str) -> Callable[..., Tensor]:
+    schema = getattr(torch.ops.tokenopt, name).default._schema
+    positional = [a.name for a in schema.arguments if not a.kwarg_only]
+
+    def call(*args: Any, **kwargs: Any) -> Tensor:
+        from torch.onnx import ops as onnx_ops
+
+        given = dict(zip(positional, args, strict=False)) | {k: v for k, v in kwargs.items() if k in positional}
+        inputs = [given.get(argument) for argument in positional]
+        while inputs[-1] is None:
+            inputs.pop()
+        query, _, value = inputs[:3]
+        attributes = {k: _plain(v) for k, v in kwargs.items() if k not in positional and v is not None}
+        shape = (*query.shape[:-1], value.shape[-1])
+        return onnx_ops.symbolic(f"{DOMAIN}::{name}", inputs, attributes, dtype=query.dtype, shape=shape)
+
+    return call
+
+
+def _plain(value: Any) -> Any:
+    return [int(v) for v in value] if isinstance(value, (list, tuple)) else value
+
+
+def add_functions(model: ir.Model, opset: int, translate: Callable[[torch.export.ExportedProgram], ir.Model]) -> None:
+    """Gives every named node of a model its body.
+
+    Args:
+        translate: writes a traced body in the operators of ONNX.
+    """
+    bodies: dict[Any, ir.Function] = {}
+    for node in model.graph:
+        if node.domain != DOMAIN:
+            continue
+        settings = sorted((name, str(attribute.value)) for name, attribute in node.attributes.items())
+        key = (node.op_type, *map(_signature, node.inputs), *settings)
+        if key not in bodies:
+            number = sum(k[0] == node.op_type for k in bodies) + 1
+            name = node.op_type if number == 1 else f"{node.op_type}_{number}"
+            bodies[key] = _body(node, name, opset, translate)
+            model.functions[bodies[key].identifier()] = bodies[key]
+        node.op_type = bodies[key].name
+    if bodies:
+        model.opset_imports[DOMAIN] = 1
+
+
+def _signature(value: ir.Value | None) -> Any:
+    if value is None:
+        return None
+    return value.dtype, tuple(d if isinstance(d, int) else None for d in value.shape)
+
+
+def _body(node: ir.Node, name: str, opset: int, translate: Callable[..., ir.Model]) -> ir.Function:
+    import onnx_ir as ir
+
+    operation = getattr(torch.ops.tokenopt, node.op_type).default
+    reference = references()[operation]
+    settings = {name: attribute.value for name, attribute in node.attributes.items()}
+    given = [value is not None for value in node.inputs]
+
+    class Body(torch.nn.Module):
+        def forward(self, *tensors: Tensor) -> Tensor:
+            left = iter(tensors)
+            return reference(*(next(left) if there else None for there in given), **settings)
+
+    values = [v for v in node.inputs if v is not None]
+    examples = tuple(_example(v) for v in values)
+    batch = torch.export.Dim("batch", min=1)
+    dynamic = tuple({i: batch for i, d in enumerate(v.shape) if not isinstance(d, int)} for v in values)
+    exported = torch.export.export(Body(), examples, dynamic_shapes=(dynamic,), strict=False)
+    graph = translate(exported).graph
+    for constant in list(graph.initializers.values()):
+        literal = ir.node("Constant", [], attributes={"value": constant.const_value})
+        ir.convenience.replace_all_uses_with(constant, literal.outputs[0])
+        graph.insert_before(graph[0], literal)
+    graph.initializers.clear()
+    arguments = [a.name for a, there in zip(operation._schema.arguments, given, strict=False) if there]
+    for value, argument in zip(graph.inputs, arguments, strict=True):
+        value.name = argument
+    for inner in graph:
+        inner.metadata_props.clear()
+    graph.opset_imports.clear()
+    graph.opset_imports[""] = opset
+    attributes = [ir.Attr(key, attribute.type, None) for key, attribute in node.attributes.items()]
+    return ir.Function(DOMAIN, name, graph=graph, attributes=attributes)
+
+
+def _example(value: ir.Value) -> Tensor:
+    shape = [d if isinstance(d, int) else _BATCH for d in value.shape]
+    return torch.zeros(shape, dtype=getattr(torch, _DTYPES[value.dtype.name]))
