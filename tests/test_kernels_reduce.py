@@ -347,13 +347,17 @@ def signatures(dtype: str) -> dict[str, tuple[dict[str, str], dict[str, Any]]]:
 
 
 FLOATS = {"epsilon", "scale", "share"}
+LEFT_OUT = dict.fromkeys(("weight", "gain", "offset", "normed", "key_bias"))  # tensors that need not be given
+OFF = dict.fromkeys(("CAUSAL", "EXCLUDE_SELF", "EMPTY_IS_ZERO", "NORMALIZE"), False)
 
 
 @compiled
-@pytest.mark.parametrize(("capability", "dtype"), [(80, "fp32"), (80, "bf16"), (90, "fp16")])
+@pytest.mark.parametrize(
+    ("capability", "dtype", "bare"), [(80, "fp32", False), (80, "bf16", True), (90, "fp16", False), (90, "fp16", True)]
+)
 @pytest.mark.parametrize("name", list(signatures("fp32")))
 def test_kernels_compile_without_a_gpu(
-    name: str, capability: int, dtype: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    name: str, capability: int, dtype: str, bare: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
@@ -363,6 +367,8 @@ def test_kernels_compile_without_a_gpu(
     monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
     kernel = getattr(reduce, name, None) or getattr(probe, name)
     pointers, constants = signatures(dtype)[name]
+    if bare:
+        constants = constants | {k: v for k, v in (LEFT_OUT | OFF).items() if k in kernel.arg_names}
     types = {n: pointers.get(n, "fp32" if n in FLOATS else "i32") for n in kernel.arg_names}
     source = ASTSource(kernel, types | dict.fromkeys(constants, "constexpr"), constants)
     ptx = triton.compile(source, target=GPUTarget("cuda", capability, 32)).asm["ptx"]
