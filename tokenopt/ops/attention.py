@@ -93,6 +93,8 @@ def attention_probe(
     Args:    row, count: the query rows [row, row + count).
              is_causal: query i sees the keys up to i; a bias adds to that.
     """
+    if bias is None and (kernel := native("attention_probe", query, key, key_bias)):
+        return kernel(query, key, None, key_bias, row, count, scale=scale, is_causal=is_causal)
     scale = query.shape[-1] ** -0.5 if scale is None else scale
     logits = (query[:, :, row : row + count].float() * scale) @ key.float().transpose(-2, -1)
     if bias is not None:
