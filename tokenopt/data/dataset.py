@@ -10,9 +10,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from tokenopt.data.arrays import fixed_rows, load_arrays
+from tokenopt.data.images import image_input
 from tokenopt.data.preprocessing import Preprocessing
 from tokenopt.data.sources import (
     Arrays,
@@ -53,11 +54,6 @@ class Dataset:
         return self.source.inputs
 
     @property
-    def names(self) -> frozenset[str]:
-        """The names of the arrays that the source has, those included that are no inputs of the program."""
-        return self.source.names
-
-    @property
     def labels(self) -> Tensor | None:
         """The label of every sample, [N, ...], or None. A sequence is read for them, one sample at a time."""
         return self.source.labels_of(self.rows)
@@ -88,6 +84,13 @@ class Dataset:
             why = f"the model takes {fixed} at a time"
             raise UsageError(f"there are too few samples: {len(self)}", where=self.source.name, why=why)
         return self.source.read(self.rows[: len(self) - len(self) % fixed], fixed)
+
+    def for_inputs(self, inputs: Sequence[InputSpec]) -> Dataset | None:
+        """The same samples for a program with other inputs; None if the source has no arrays of their names."""
+        named = self.source.named if isinstance(self.source, Arrays) else {}
+        if not {spec.name for spec in inputs} <= named.keys():
+            return None
+        return Dataset(Arrays.of(named, tuple(inputs), self.source.name), self.rows)
 
     def sample(self, count: int, seed: int = 0) -> Dataset:
         """``count`` of the samples, chosen at random.
@@ -137,6 +140,27 @@ class Dataset:
         left_out = f"; {len(self.skipped)} files were skipped" if self.skipped else ""
         what = f"there are too few samples: {len(self)}"
         return UsageError(what, where=self.source.name, why=why + left_out)
+
+
+def find_preprocessing(
+    data: Any, model: nn.Module | str | os.PathLike[str] | None, inputs: Sequence[InputSpec], **given: Any
+) -> Preprocessing | None:
+    """`Preprocessing.resolve` for a folder of images; None for other data.
+
+    Args:
+        data: as for `open_data`.
+        model, given: see `Preprocessing.resolve`.
+        inputs: those of the program.
+
+    Raises:
+        UsageError: if something is given, and the data is no folder.
+    """
+    if isinstance(data, (str, os.PathLike)) and data != RANDOM and Path(data).is_dir():
+        return Preprocessing.resolve(model, image_input(inputs, str(data))[1], **given)
+    if options := ", ".join(f"--{name}" for name, value in given.items() if value is not None and name != "fit"):
+        why = "its values are given to the model as they are"
+        raise UsageError(f"only a folder of images takes {options}", where=str(data), why=why)
+    return None
 
 
 def open_data(

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -114,7 +114,7 @@ def pillow() -> Any:
     return Image
 
 
-def image_input(inputs: tuple[InputSpec, ...], where: str) -> tuple[str, tuple[int, int] | None]:
+def image_input(inputs: Sequence[InputSpec], where: str) -> tuple[str, tuple[int, int] | None]:
     """The mode of the images that a model takes, RGB or L, and their (height, width) where it is fixed.
 
     Raises:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -79,6 +79,19 @@ class Preprocessing:
         """The fields, for a report."""
         return asdict(self)
 
+    def for_channels(self, channels: int) -> Preprocessing:
+        """The same with a mean and std for each of so many channels: equal values serve any number.
+
+        Raises:
+            UsageError: if they differ, and there are more or fewer.
+        """
+        if len(self.mean) == channels:
+            return self
+        if len({*zip(self.mean, self.std, strict=True)}) > 1:
+            what = f"the preprocessing of images has {len(self.mean)} channels, the model {channels}"
+            raise UsageError(what, where=self.source, hint="--mean and --std take a value for each, or one for all")
+        return replace(self, mean=self.mean[:1] * channels, std=self.std[:1] * channels)
+
     # -- where it comes from ---------------------------------------------------------------------------------------
 
     @classmethod
@@ -139,7 +152,7 @@ class Preprocessing:
         """Float32 [C, H, W] from an image in mode RGB or L, with C = 3 or 1.
 
         Raises:
-            ValueError: if the image would become too large, or has another number of channels than mean and std.
+            ValueError: if the image would become too large.
         """
         import numpy as np
         from PIL import Image
@@ -151,12 +164,12 @@ class Preprocessing:
                 raise ValueError(f"its {image.width} x {image.height} pixels would become {width} x {height}")
             image = image.resize((width, height), Image.Resampling[self.interpolation.upper()])
         if self.crop is not None and self.crop != (image.height, image.width):
-            border = tuple(round(255 * m) for m in _spread(self.mean, channels)) if self.fit == "contain" else 0
-            cropped = Image.new(image.mode, self.crop[::-1], border[0] if border and channels == 1 else border)
+            border = tuple(round(255 * m) if self.fit == "contain" else 0 for m in self.for_channels(channels).mean)
+            cropped = Image.new(image.mode, self.crop[::-1], border)
             cropped.paste(image, (-_offset(image.width, self.crop[1]), -_offset(image.height, self.crop[0])))
             image = cropped
         values = torch.from_numpy(np.array(image)).reshape(image.height, image.width, channels).permute(2, 0, 1)
-        mean, std = (torch.tensor(_spread(v, channels)).view(-1, 1, 1) for v in (self.mean, self.std))
+        mean, std = (torch.tensor(v, dtype=torch.float32).view(-1, 1, 1) for v in (self.mean, self.std))
         return values.float().mul_(self.scale).sub_(mean).div_(std).contiguous()
 
     def _resized(self, height: int, width: int) -> Size:
@@ -179,17 +192,6 @@ def _offset(have: int, want: int) -> int:
 
 def _number(value: Any) -> bool:
     return isinstance(value, (int, float)) and math.isfinite(value)
-
-
-def _spread(values: Sequence[float], channels: int) -> list[float]:
-    """A value per channel; equal values serve any number of channels.
-
-    Raises:
-        ValueError: if they differ, and there are more or fewer.
-    """
-    if len(values) != channels and len(set(values)) > 1:
-        raise ValueError(f"the mean and std of the preprocessing have {len(values)} values, the image {channels}")
-    return [float(v) for v in (values if len(values) == channels else values[:1] * channels)]
 
 
 # -- settings of libraries -------------------------------------------------------------------------------------------

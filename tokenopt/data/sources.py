@@ -45,7 +45,6 @@ class Source:
     classes: tuple[str, ...] = ()
     skipped: tuple[Skipped, ...] = ()
     preprocessing: Preprocessing | None = None
-    names: frozenset[str] = frozenset()
 
     @property
     def labelled(self) -> bool:
@@ -73,7 +72,7 @@ class Source:
 class Arrays(Source):
     """Rows of arrays."""
 
-    arrays: list[Tensor] = field(default_factory=list)
+    named: Mapping[str, Tensor] = field(default_factory=dict)
 
     @classmethod
     def of(cls, arrays: Mapping[str, Tensor], inputs: tuple[InputSpec, ...], name: str) -> Arrays:
@@ -81,12 +80,11 @@ class Arrays(Source):
         count = check_inputs(tensors, inputs, name)
         labels = None if LABELS in {spec.name for spec in inputs} else arrays.get(LABELS)
         labels = None if labels is None else check_labels(labels, count, name)
-        return cls(name, inputs, count, labels, names=frozenset(arrays), arrays=tensors)
+        return cls(name, inputs, count, labels, named=arrays)
 
     def take(self, rows: Sequence[int]) -> Batch:
-        chosen = list(rows)
-        batched = row_inputs(self.inputs)
-        tensors = (t[chosen] if b else t for t, b in zip(self.arrays, batched, strict=True))
+        pairs = zip(match_inputs(self.named, self.inputs, self.name), row_inputs(self.inputs), strict=True)
+        tensors = (t[list(rows)] if batched else t for t, batched in pairs)
         return self._batch(tensors, self.labels_of(rows))
 
 
@@ -121,8 +119,7 @@ class Images(Source):
             labels=torch.tensor(folder.labels) if folder.classes else None,
             classes=tuple(folder.classes),
             skipped=tuple(Skipped(str(p), why) for p, why in folder.bad),
-            preprocessing=preprocessing,
-            names=frozenset({inputs[0].name}),
+            preprocessing=preprocessing.for_channels({"RGB": 3, "L": 1}[mode]),
             files=folder.files,
             mode=mode,
             size=size,
