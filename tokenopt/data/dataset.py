@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from tokenopt.data.arrays import fixed_rows, load_arrays
+from tokenopt.data.arrays import fixed_rows, load_arrays, row_inputs
 from tokenopt.data.images import image_input
 from tokenopt.data.preprocessing import Preprocessing
 from tokenopt.data.sources import (
@@ -79,7 +79,7 @@ class Dataset:
         """
         fixed = None if any(_dynamic(spec) for spec in self.inputs) else fixed_rows(self.inputs)
         if fixed is None:
-            return self.source.read(self.rows, size)
+            return self.source.read(self.rows, size if any(row_inputs(self.inputs)) else 1)
         if len(self) < fixed:
             why = f"the model takes {fixed} at a time"
             raise UsageError(f"there are too few samples: {len(self)}", where=self.source.name, why=why)
