@@ -543,7 +543,8 @@ def test_an_image_processor_with_steps_of_its_own_is_refused(tmp_path: Path) -> 
         Preprocessing.from_model(f"hf:{tmp_path}", None)
     (tmp_path / "preprocessor_config.json").write_text("{")
     with pytest.raises(UsageError, match="not understood"):
-        Preprocessing.from_model(f"hf:{tmp_path}", None)
+        Preprocessing.resolve(f"hf:{tmp_path}", (8, 8), mean=(0.5,))
+    assert Preprocessing.resolve(f"hf:{tmp_path}", (8, 8), mean=(0.5,), std=(0.5,)).source == "--mean, --std"
 
 
 def test_options_change_what_the_model_says() -> None:
