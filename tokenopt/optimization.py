@@ -22,6 +22,7 @@ from tokenopt.attention.recipe import AttentionRecipe
 from tokenopt.attention.routed import Routed
 from tokenopt.budget import within
 from tokenopt.cost import program_flops
+from tokenopt.data import find_preprocessing, open_data
 from tokenopt.errors import Refusal, UsageError
 from tokenopt.fitting import fit, fit_patterns, needs_data
 from tokenopt.inspection import axis_dict, refusal_of
@@ -40,6 +41,8 @@ from tokenopt.tokens.recipe import TokenRecipe
 from tokenopt.tokens.score import Learned
 
 Progress = Callable[[str, int, int], None]
+
+FITTED = 32  # samples in a batch that a recipe learns from
 
 
 @dataclass
@@ -69,7 +72,7 @@ def optimize(
     short_outputs: bool = False,
     dynamic_batch: bool = True,
     given: Sequence[Tensor] | None = None,
-    data: Sequence[Sequence[Tensor]] | None = None,
+    data: Any = None,
     weights: str | Path | None = None,
     progress: Progress | None = None,
 ) -> Result:
@@ -92,7 +95,8 @@ def optimize(
         short_outputs: outputs that carry tokens keep the reduced ones.
         dynamic_batch: as for `capture`.
         given: inputs to check on beside random ones, as flat tensors.
-        data: batches of inputs, as flat tensors, for recipes with a part that is learned from data (no labels).
+        data: what recipes with a part that is learned from data learn it from: anything `open_data` takes, such as
+            batches of inputs as flat tensors, an array file or a folder of images. Labels are not needed.
         weights: where the weights of a learned score are written (.safetensors); they are in the program in any case.
         progress: called with (stage, done, total).
 
@@ -156,32 +160,37 @@ def _steps(
     return [FoldConstants(), RaiseAttention(), FlattenGrids(), reduce, RemoveDead()]
 
 
-def _fitted(step: Pass, program: Program, data: Sequence[Sequence[Tensor]] | None, weights: str | Path) -> Pass:
-    """A step whose recipe has learned from the data what it learns."""
+def learns(step: Pass) -> bool:
+    """Whether a step has a part that is learned from data."""
     if isinstance(step, SparsifyAttention):
-        recipe = step.resolved()
-        if not needs_data(recipe):
-            return step
+        return needs_data(step.resolved())
+    return isinstance(step, ReduceTokens) and needs_data(step.resolved()[0])
+
+
+def _fitted(step: Pass, program: Program, data: Any, weights: str | Path) -> Pass:
+    """A step whose recipe has learned from the data what it learns."""
+    if not learns(step):
+        return step
+    recipe, schedule = step.resolved() if isinstance(step, ReduceTokens) else (step.resolved(), None)
+    if data is None:
+        raise UsageError(
+            f"recipe {recipe.name} learns from data, and there is none",
+            why=_learned_part(recipe),
+            hint="give inputs like those the model is for (--data PATH)",
+        )
+    opened = open_data(data, program.inputs, preprocessing=find_preprocessing(data, program.source, program.inputs))
+    batches = (batch.inputs for batch in opened.batches(FITTED))
+    if isinstance(step, SparsifyAttention):
+        return replace(step, pattern=None, recipe=fit_patterns(recipe, program, batches, Path(weights)), sites="all")
+    return replace(step, recipe=fit(recipe, schedule, program, batches, Path(weights)), settings={})
+
+
+def _learned_part(recipe: TokenRecipe | AttentionRecipe) -> str:
+    if isinstance(recipe, AttentionRecipe):
         part = next(p for p in recipe.pattern.values() if p.unfitted)
-        given = _required(data, recipe, f"{part}: {part.summary()}")
-        return replace(step, pattern=None, recipe=fit_patterns(recipe, program, given, Path(weights)), sites="all")
-    if not isinstance(step, ReduceTokens):
-        return step
-    recipe, schedule = step.resolved()
-    if not needs_data(recipe):
-        return step
+        return f"{part}: {part.summary()}"
     part = recipe.score if isinstance(recipe.score, Learned) else recipe.select
-    given = _required(data, recipe, f"{part.kind} '{part.name}': {part.summary()}")
-    return replace(step, recipe=fit(recipe, schedule, program, given, Path(weights)), settings={})
-
-
-def _required(
-    data: Sequence[Sequence[Tensor]] | None, recipe: TokenRecipe | AttentionRecipe, why: str
-) -> Sequence[Sequence[Tensor]]:
-    if not data:
-        hint = "give inputs like those the model is for (--data FILE)"
-        raise UsageError(f"recipe {recipe.name} learns from data, and there is none", why=why, hint=hint)
-    return data
+    return f"{part.kind} '{part.name}': {part.summary()}"
 
 
 def _budgeted(steps: list[Pass], budget: Budget, program: Program) -> list[Pass]:
