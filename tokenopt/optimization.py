@@ -42,11 +42,12 @@ Progress = Callable[[str, int, int], None]
 
 @dataclass
 class Result:
-    """What `optimize` returns: the rewritten program, the dense one it came from, and the report."""
+    """What `optimize` returns: the rewritten program, the dense one it came from, the report, and the passes run."""
 
     program: Program
     dense: Program
     report: Report
+    steps: Sequence[Pass] = ()
 
     @property
     def changed(self) -> bool:
@@ -135,7 +136,7 @@ def optimize(
         progress("check", len(stages), len(stages))
     report = _report(program, canonical, result, reducing, steps, checks, short_outputs)
     report.timings = {**seconds, **result.timings}
-    return Result(result.program, program, report)
+    return Result(result.program, program, report, steps)
 
 
 def _steps(
