@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shlex
 import signal
 import sys
 import traceback
@@ -90,6 +91,7 @@ def inspect(
 
 @app.command()
 def optimize(
+    context: typer.Context,
     model: ModelPath,
     out: Annotated[Path, typer.Option("-o", "--out", help="Folder for what the run leaves.")],
     arch: Arch = None,
@@ -127,7 +129,8 @@ def optimize(
 ) -> None:
     """Reduce tokens or sparsify attention; prove, export and time.
 
-    The folder gets model.pt2, what --to asks for, recipe.resolved.yaml and report.json, when every check has passed.
+    The folder gets model.pt2, what --to asks for, recipe.resolved.yaml, and report.json and report.html, when every
+    check has passed.
     """
     from tokenopt import run, terminal
 
@@ -147,6 +150,7 @@ def optimize(
             data=data,
             batch_sizes=_sizes(batch),
             threads=threads,
+            command=context.obj,
             progress=progress,
         )
     _show(outcome.report.to_dict(), lambda _: outcome.report.table(str(out)), json)
@@ -312,7 +316,8 @@ def main(arguments: list[str] | None = None) -> NoReturn:
     code = DONE
     try:
         with _exit_on_signals():
-            app(arguments, prog_name="tokenopt")
+            words = sys.argv[1:] if arguments is None else arguments
+            app(words, prog_name="tokenopt", obj=shlex.join(["tokenopt", *words]))
     except SystemExit as end:  # typer's way to return
         code = end.code if isinstance(end.code, int) else DONE
         if code == INTERRUPTED:
