@@ -32,6 +32,7 @@ if TYPE_CHECKING:
 
 _KINDS = ("calibrated", "baseline", "random", "fixed")
 _STAGES = 12  # of a sample that are drawn, evenly chosen
+_OPEN = 12  # rows of a table of values beside its chart that are shown without a click
 _HERE = Path(__file__).parent
 
 
@@ -105,11 +106,12 @@ def _tiles(report: Report) -> Iterator[tuple[str, str, str]]:
         b, a = report.flops["before"], report.flops["after"]
         yield ratio(b, a), "fewer FLOPs", f"{b / 1e9:.3g} to {a / 1e9:.3g} GFLOP per sample"
     for runtime in dict.fromkeys(row["runtime"] for row in report.latency):
-        rows = [row for row in report.latency if row["runtime"] == runtime and row["after_ms"]]
+        rows = [row for row in report.latency if row["runtime"] == runtime and row["before_ms"] and row["after_ms"]]
         if rows:
-            best = max(rows, key=lambda row: row["before_ms"] / row["after_ms"])
-            beside = f"{best['before_ms']:.3g} to {best['after_ms']:.3g} ms at batch {best['batch']}"
-            yield ratio(best["before_ms"], best["after_ms"]), f"faster in {runtime}", beside
+            rows.sort(key=lambda row: row["before_ms"] / row["after_ms"])
+            ends = dict.fromkeys(f"{row['before_ms'] / row['after_ms']:.2f}" for row in (rows[0], rows[-1]))
+            batches = ", ".join(str(batch) for batch in sorted({row["batch"] for row in rows}))
+            yield "\u2013".join(ends) + "x", f"speed-up in {runtime}", f"measured at batch {batches}"
     held = report.calibration.get("held_out") or {}
     if held.get("accuracy") is not None:
         words = [f"dense {held['accuracy_dense']:.1%}"] if held.get("accuracy_dense") is not None else []
@@ -171,7 +173,8 @@ def _held_out(found: Mapping[str, Any]) -> Section:
 
 
 def _schedule(report: Report) -> Section:
-    section = Section("Schedule", half=True)
+    beside = bool(report.calibration.get("sensitivity"))
+    section = Section("Schedule", half=beside, paired=not beside)
     given = report.calibration.get("schedule")
     rows = given if isinstance(given, list) and given else [
         {"site": s["id"], "tokens_before": s["tokens_before"], "tokens_after": s["tokens_after"]} for s in report.sites
@@ -184,7 +187,8 @@ def _schedule(report: Report) -> Section:
     section.figures.append(charts.lines("Tokens per layer", series[::-1], "attention", "tokens"))
     cells = [(i, r["site"], r["tokens_before"], r["tokens_after"], f"{r['tokens_after'] / r['tokens_before']:.0%}"
               if r["tokens_before"] else "") for i, r in enumerate(rows)]  # fmt: skip
-    section.tables.append(Table(("", "attention", "before", "after", "left"), _text(cells), (0, 2, 3, 4), "Values"))
+    fold = "Values" if beside or len(rows) > _OPEN else ""
+    section.tables.append(Table(("", "attention", "before", "after", "left"), _text(cells), (0, 2, 3, 4), fold))
     return section
 
 
@@ -277,7 +281,7 @@ def _patterns(report: Report) -> Section:
 # label, key, what counts as full (None: the greatest value)
 _STRIPS = (
     ("entropy", "entropy", None),
-    ("entropy, answer", "answer_entropy", None),
+    ("answer entropy", "answer_entropy", None),
     ("head diversity", "head_diversity", 1.0),
     ("row similarity", "row_similarity", 1.0),
     ("redundancy", "redundancy", 1.0),
@@ -344,9 +348,14 @@ def _parity(report: Report) -> Section:
 def _reproduce(report: Report) -> Section:
     section = Section("Reproduce", code=str(report.calibration.get("command") or report.command))
     if report.recipe:
-        recipe = {"name": report.recipe.get("name"), **(report.recipe.get("settings") or {})}
+        settings = report.recipe.get("settings") or {}
+        changed = {k: v for k, v in settings.items() if v not in (None, False, {}) and k not in ("paper", "schedule")}
+        summary = changed.pop("summary", "")
         rows = [("model", report.model.get("name")), ("digest", report.model.get("digest")),
-                ("recipe", _plain(recipe)), ("schedule", _plain(report.schedule) if report.schedule else ""),
+                ("recipe", ": ".join(str(v) for v in (report.recipe.get("name"), summary) if v)),
+                ("paper", settings.get("paper")),
+                ("parts", ", ".join(f"{k}={v if isinstance(v, str) else _plain(v)}" for k, v in changed.items())),
+                ("schedule", _plain(report.schedule) if report.schedule else ""),
                 ("passes", report.recipe.get("passes"))]  # fmt: skip
         section.tables.append(Table(("", ""), _text(r for r in rows if r[1])))
     if report.files:
