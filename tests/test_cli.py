@@ -77,7 +77,7 @@ def optimised(models: Path) -> Path:
 
 def test_optimize_leaves_its_files_and_no_others(optimised: Path) -> None:
     names = {p.name for p in optimised.iterdir()}
-    assert names == {"model.pt2", "model.onnx", "recipe.resolved.yaml", "report.json"}
+    assert names == {"model.pt2", "model.onnx", "recipe.resolved.yaml", "report.json", "report.html"}
     assert set(Report.load(optimised / "report.json").files.values()) == names
 
 
@@ -112,7 +112,7 @@ def test_optimize_again_from_the_resolved_recipe(models: Path, optimised: Path, 
 def test_nothing_changed_is_exit_code_3(models: Path, tokenopt: Cli, tmp_path: Path) -> None:
     result = tokenopt("optimize", models / "mlp.pt", *SHAPE, "-o", tmp_path / "new", code=3)
     assert "nothing was changed" in result.err
-    assert [p.name for p in (tmp_path / "new").iterdir()] == ["report.json"]
+    assert {p.name for p in (tmp_path / "new").iterdir()} == {"report.json", "report.html"}
     assert not Report.load(tmp_path / "new" / "report.json").reduced
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shlex
 import signal
 import sys
 import traceback
@@ -110,6 +111,7 @@ def inspect(
 
 @app.command()
 def optimize(
+    context: typer.Context,
     model: ModelPath,
     out: Annotated[Path, typer.Option("-o", "--out", help="Folder for what the run leaves.")],
     arch: Arch = None,
@@ -155,7 +157,8 @@ def optimize(
 ) -> None:
     """Reduce tokens or sparsify attention; prove, export and time.
 
-    The folder gets model.pt2, what --to asks for, recipe.resolved.yaml and report.json, when every check has passed.
+    The folder gets model.pt2, what --to asks for, recipe.resolved.yaml, and report.json and report.html, when every
+    check has passed.
     """
     from tokenopt import run, terminal
 
@@ -175,6 +178,7 @@ def optimize(
             data=_data(data, eval_data, mean, std, resize, crop, samples, seed, skip_bad),
             batch_sizes=_sizes(batch),
             threads=threads,
+            command=context.obj,
             progress=progress,
         )
     _show(outcome.report.to_dict(), lambda _: outcome.report.table(str(out)), json)
@@ -353,9 +357,10 @@ def main(arguments: list[str] | None = None) -> NoReturn:
             stream.reconfigure(errors="backslashreplace")
     code = DONE
     try:
+        words = sys.argv[1:] if arguments is None else arguments
         with _exit_on_signals(), warnings.catch_warnings():
             warnings.showwarning = _show_warning
-            app(arguments, prog_name="tokenopt")
+            app(words, prog_name="tokenopt", obj=shlex.join(["tokenopt", *words]))
     except SystemExit as end:  # typer's way to return
         code = end.code if isinstance(end.code, int) else DONE
         if code == INTERRUPTED:

@@ -47,11 +47,12 @@ FITTED = 32  # samples in a batch that a recipe learns from
 
 @dataclass
 class Result:
-    """What `optimize` returns: the rewritten program, the dense one it came from, and the report."""
+    """What `optimize` returns: the rewritten program, the dense one it came from, the report, and the passes run."""
 
     program: Program
     dense: Program
     report: Report
+    steps: Sequence[Pass] = ()
 
     @property
     def changed(self) -> bool:
@@ -141,7 +142,7 @@ def optimize(
     if progress is not None:
         progress("check", len(stages), len(stages))
     report.timings = {**seconds, **result.timings}
-    return Result(result.program, program, report)
+    return Result(result.program, program, report, steps)
 
 
 def _steps(

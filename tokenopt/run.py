@@ -18,7 +18,9 @@ from tokenopt import __version__, recipes, runtimes
 from tokenopt.attention.pattern import parse
 from tokenopt.attention.recipe import AttentionRecipe
 from tokenopt.data import Dataset, find_preprocessing, open_data
+from tokenopt.diagnostics import diagnose
 from tokenopt.errors import LoweringError, TokenoptError, UsageError
+from tokenopt.gallery import Sample, gallery
 from tokenopt.inspection import inspect
 from tokenopt.loading import load_program
 from tokenopt.optimization import Result, learns, optimize
@@ -37,10 +39,11 @@ from tokenopt.staging import staged
 Progress = Callable[[str, int, int], None]
 
 RECIPE_NAME = "tome"
-PROGRAM, RECIPE, REPORT = "model.pt2", "recipe.resolved.yaml", "report.json"
+PROGRAM, RECIPE, REPORT, PAGE = "model.pt2", "recipe.resolved.yaml", "report.json", "report.html"
 SCORER = "scorer.safetensors"
 CHECKED = 32  # samples of the user's data that an optimisation or export is checked on; verify takes all
 HELD_OUT = 0.2  # the share of the data that is not learned from
+LOOKED_AT = 8  # samples whose attention is looked at
 _SECONDS, _ROUNDS = 5.0, (5, 40)  # that one measurement may take, and the rounds it has at least and at most
 
 
@@ -209,8 +212,12 @@ def optimize_model(
     batch_sizes: Sequence[int],
     threads: int | None,
     progress: Progress,
+    command: str = "",
 ) -> Outcome:
     """Optimises a model file, proves and times the result, and leaves its files in ``out``.
+
+    ``command`` is what was typed, for the report. Given data are also looked at: where the dense model attends, and
+    which patches of the images are left.
 
     A run that changes nothing leaves its report alone, and not even that beside the files of an earlier run.
     """
@@ -249,19 +256,19 @@ def optimize_model(
             if learned != scorer:
                 shutil.copyfile(learned, scorer)
             report.recipe, report.patterns = _moved([report.recipe, report.patterns], str(learned), str(out / SCORER))
-        report.model["name"] = path.name
+        report.model["name"], report.command = path.name, command
         if checked is not None:
             rows = {"fitted": fitted, "checked": checked}
             report.data = {"seed": data.seed, **{k: None if v is None else v.describe() for k, v in rows.items()}}
         if not result.changed:
             if not (out / PROGRAM).exists():
-                report.files = {"report": REPORT}
-                report.save(staging.path / REPORT)
+                report.files = {"report": REPORT, "html": PAGE}
+                _write(report, [], staging.path)
                 staging.commit()
             return Outcome(report, changed=False)
 
         given = _completed(given, checked, result)
-        report.files = {"program": PROGRAM, "recipe": RECIPE, "report": REPORT}
+        report.files = {"program": PROGRAM, "recipe": RECIPE, "report": REPORT, "html": PAGE}
         report.files |= {"scorer": SCORER} if scorer.exists() else {}
         with clock("save"):
             engine = runtimes.get("eager").build(result.program, staging.path / PROGRAM, data=given)
@@ -279,11 +286,26 @@ def optimize_model(
                 pairs.append((runtimes.open(dense, threads=threads), runtimes.open(file, threads=threads)))
         with clock("measure"):
             report.latency = [row for pair in pairs for row in _latency(*pair, batch_sizes, threads)]
+        samples: list[Sample] = []
+        if given:
+            with clock("look at the data"):
+                inputs = result.dense.inputs
+                rows = None if any(isinstance(spec.shape[0], int) for spec in inputs if spec.shape) else LOOKED_AT
+                report.diagnostics = diagnose(result.dense, [[t[:rows] for t in given[0][: len(inputs)]]])
+                samples = gallery(result, given[0])
         report.timings |= clock.seconds
         (staging.path / RECIPE).write_text(resolved_recipe(report, passes), encoding="utf-8")
-        report.save(staging.path / REPORT)
+        _write(report, samples, staging.path)
         staging.commit(obsolete=_earlier_files(out))
     return Outcome(report, changed=True)
+
+
+def _write(report: Report, samples: Sequence[Sample], folder: Path) -> None:
+    """The report as data and as a page."""
+    from tokenopt.html import render
+
+    report.save(folder / REPORT)
+    (folder / PAGE).write_text(render(report, samples), encoding="utf-8")
 
 
 def export_model(
@@ -457,7 +479,7 @@ def _earlier_files(out: Path) -> list[str]:
     except (OSError, TokenoptError):
         return []
     built = (f"model{target.suffix}" for target in TARGETS.values())
-    ours = {PROGRAM, RECIPE, REPORT, SCORER, "model.onnx.data", *built}
+    ours = {PROGRAM, RECIPE, REPORT, PAGE, SCORER, "model.onnx.data", *built}
     return sorted(ours.intersection(files))
 
 

@@ -43,6 +43,7 @@ class ReduceTokens(Pass):
         settings: fields of the recipe to change.
         short_outputs: outputs that carry tokens keep the reduced ones.
         neutral: insert the reductions, but let them remove nothing.
+        stages: also return, for each reduction, which tokens stay and which one each goes to; for looking, not for use.
 
     Rewrite:  x = x + attn(x); y = mlp(x)  ->  x = x + attn(x); x', size = merge_tokens(x, ...); y = mlp(x')
     """
@@ -53,6 +54,7 @@ class ReduceTokens(Pass):
     settings: Mapping[str, Any] = field(default_factory=dict, hash=False)
     short_outputs: bool = False
     neutral: bool = False
+    stages: bool = False
 
     def resolved(self) -> tuple[TokenRecipe, Schedule]:
         """The recipe and the schedule that this pass stands for."""
@@ -130,6 +132,8 @@ class ReduceTokens(Pass):
             rewriter.return_source()
         if recipe.positions:
             rewriter.return_positions()
+        if self.stages:
+            rewriter.return_stages()
         result.edits += rewriter.edits
         result.refusals += rewriter.refusals
 
