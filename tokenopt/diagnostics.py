@@ -58,9 +58,11 @@ def diagnose(program: Program, batches: Iterable[Sequence[Tensor]]) -> dict[str,
     layers = []
     for site in sites:
         found = trapped.get(site.id, dict.fromkeys(("dims", "share", "received", "overlap")))
-        row = {"site": site.id, "tokens": site.queries, "heads": site.heads, **watch.spreads[site.node.name].result()}
+        row = {"site": site.id, "axis": site.axis.name, "tokens": site.queries, "heads": site.heads}
+        row |= watch.spreads[site.node.name].result()
         layers.append(row | {f"sink_{key}": value for key, value in found.items()})
-    _add_flow(layers)
+    for axis in {row["axis"] for row in layers}:
+        _add_flow([row for row in layers if row["axis"] == axis])
     samples = sum(len(batch[0]) for batch in batches)
     return {"samples": samples, "window": _WINDOW, "layers": layers}
 
@@ -232,7 +234,7 @@ def _entropy(share: Tensor) -> Tensor:
 
 
 def _add_flow(layers: list[dict[str, Any]]) -> None:
-    """The information flow of each layer: 0.4 intra + 0.3 inter + 0.3 (all intra so far), from 0 to 1 over layers."""
+    """The information flow of each layer of one axis, 0.4 intra + 0.3 inter + 0.3 (all intra so far), from 0 to 1."""
     flow, before = [], 0.0
     for i, row in enumerate(layers):
         before += row["intra"] * (0.73 if i else 1.0)

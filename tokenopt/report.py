@@ -82,7 +82,7 @@ class Report:
                reverted: [{site, why}]; trials: [{number, cost, deviation}]
                command: what repeats it
     diagnostics  {} if there were no data; else of `tokenopt.diagnostics.diagnose`, of the dense model: samples,
-               window: rows and columns of a neighbourhood; layers: [{site, tokens, heads, ...}], null where unknown:
+               window: rows and columns of a neighbourhood; layers: [{site, axis, tokens, heads, ...}], null if unknown:
                entropy, head_entropy: nats, of the mean over heads of a row of attention, and the mean over heads
                answer_entropy: nats, of what class token or last token attends to among the reducible tokens
                head_diversity: 0 where heads attend alike, 1 where no two attend to the same
@@ -90,7 +90,7 @@ class Report:
                redundancy: mean cosine of rows with the mean of their neighbourhood, keys outside it alone
                segments: [name]; between: [[share]]: of the attention of a segment's queries, on each segment's keys
                intra, inter, flow: per cent of all attention that passes among the reducible tokens, and between them
-               and the others; information flow, from 0 at the layer of the least to 1
+               and the others; information flow, from 0 at the axis' layer of the least to 1
                sink_dims, sink_share, sink_received, sink_overlap: as of `tokenopt.diagnostics.sinks`
     command    what makes the same files again, as a line for a shell
     files      {role: path}, relative to the report
