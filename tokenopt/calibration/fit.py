@@ -4,15 +4,18 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from math import exp
 from pathlib import Path
 from typing import Any, Protocol
 
+import numpy as np
+
 from tokenopt import recipes
 from tokenopt.budget import within
-from tokenopt.calibration.problem import LAYERWISE, Batch, Evaluation, Problem, schedule_of
-from tokenopt.calibration.solve import Table, solve
+from tokenopt.calibration.price import Price, Target, gate
+from tokenopt.calibration.problem import LAYERWISE, Batch, Evaluation, Problem, alone, schedule_of
+from tokenopt.calibration.solve import RATIOS, Table, scaled, solve
 from tokenopt.errors import BudgetError, UsageError
 from tokenopt.passes.flatten_grids import FlattenGrids
 from tokenopt.passes.fold_constants import FoldConstants
@@ -24,9 +27,12 @@ from tokenopt.schedule import Budget, Schedule
 from tokenopt.tokens.recipe import TokenRecipe
 
 TRIALS = 24
-_SPREAD = 1.5  # of the log of a layer's weight, in trials
+AUTO = ("tome", "pitome", "evit", "uniform-grid")  # layer by layer, with nothing to learn
+_SPREAD = 2.5  # of the log of a layer's weight, in trials: layers differ by orders of magnitude
 _TIGHTEN = 6  # rewrites until the real program meets the budget that the table promised
-BASELINES: dict[str, Any] = {
+_BUILDS = 3  # engines until one meets the latency that the price promised
+_HALVINGS = 6  # of the range of costs, until the least that loses no more than it may
+FIXED: dict[str, Any] = {
     "constant": {"r": 8},
     "falling": {"r": (8, -1.0)},
     "rising": {"r": (8, 1.0)},
@@ -38,7 +44,7 @@ class Calibrator(Protocol):
     """A strategy: schedules to try, each informed by how those before it did."""
 
     def schedules(self, problem: Problem, budget: float, seed: int) -> Iterator[Schedule]:
-        """Yields a schedule that costs at most ``budget``, a share of the dense operations; it is evaluated then."""
+        """Yields a schedule that costs at most ``budget``, as ``problem.cost`` counts; it is evaluated then."""
         ...
 
 
@@ -52,46 +58,51 @@ class Search:
     trials: int = TRIALS
 
     def schedules(self, problem: Problem, budget: float, seed: int) -> Iterator[Schedule]:
-        """The solution of the table first, then trials."""
+        """The solution of the table first, then trials; weights that lead to a known schedule are no trial."""
         import optuna
 
         table = problem.table()
-        first = met(problem, table, budget)
+        first = met(problem, table, budget, lambda target: solve(table, target))
         yield first
         optuna.logging.set_verbosity(optuna.logging.ERROR)
         sampler = optuna.samplers.TPESampler(seed=seed, n_startup_trials=max(self.trials // 3, 1))
         study = optuna.create_study(sampler=sampler)
-        known = {str(first): problem.evaluate(first).deviation}
+        known = {str(first): problem.risk(first)}
         study.enqueue_trial({f"layer{n}": 0.0 for n in table.layers})  # the first
-        for _ in range(self.trials + 1):
+        for _ in range(3 * self.trials):
+            if len(known) > self.trials:
+                break
             trial = study.ask()
             weights = {n: exp(trial.suggest_float(f"layer{n}", -_SPREAD, _SPREAD)) for n in table.layers}
-            schedule = met(problem, table, budget, weights)
+            schedule = met(problem, table, budget, lambda target, w=weights: solve(table, target, w))
             if str(schedule) not in known:
                 yield schedule
-                known[str(schedule)] = problem.evaluate(schedule).deviation
+                known[str(schedule)] = problem.risk(schedule)
             study.tell(trial, known[str(schedule)])
 
 
-def met(problem: Problem, table: Table, budget: float, weights: dict[int, float] | None = None) -> Schedule:
-    """The solution of the table whose program, rewritten, costs at most the budget.
+def met(
+    problem: Problem, table: Table, budget: float, choose: Callable[[float], list[int] | None]
+) -> Schedule:
+    """A schedule whose program, rewritten, costs at most the budget.
+
+    Args:
+        choose: what to remove at each layer, so that it costs a target by the table; None if that cannot be.
 
     Raises:
         BudgetError: if none does.
     """
-    target = budget * table.dense - problem.off
     for _ in range(_TIGHTEN):
-        removed = solve(table, target, weights)
+        removed = choose(budget - problem.off)
         if removed is None:
             break
         schedule = schedule_of(table.layers, removed)
-        over = problem.share(schedule) - budget
+        over = problem.cost(schedule) - budget
         if over <= 0:
             return schedule
-        problem.off += max(over, 0.0005) * table.dense
-        target = budget * table.dense - problem.off
+        problem.off += max(over, 0.0005)
     raise BudgetError(
-        f"recipe {problem.recipe.name} cannot meet {budget:.0%} of the dense operations",
+        f"recipe {problem.recipe.name} cannot meet {budget:.0%} of the dense model's {problem.price.name}",
         why="removing as much as every layer can is not enough" if removed is None else "its layers remove too little",
         hint="allow more, or take a recipe that removes in earlier layers",
     )
@@ -103,47 +114,73 @@ class Calibration:
 
     Attributes:
         schedule: the best that meets the budget.
-        recipe, budget, metric: what was asked for.
+        recipe, budget, metric: what was asked for; ``share``: the budget as a share of the dense model's cost.
         chosen: its evaluation on the data that were fitted on; ``held_out`` on data that were not, where there are any.
-        baselines: fixed schedules of the same recipe, and random tokens, at the same budget.
+        fixed: fixed schedules of the same recipe at the same budget; ``random``: the chosen one, random tokens.
         trials: everything that was tried.
         sensitivity: [{layer, ratio, deviation}] of every layer alone.
-        passes: forward passes over the data, in all; ``table_passes`` of them for the table.
-        seconds: it took.
+        gate: [{site, kept, why, speedup}], what each reduction was measured to gain.
+        latency: {source, dense_ms, ms, budget_ms, met}, for a budget of latency.
+        passes: forward passes over the data, in all; seconds: it took.
+        interrupted: whether the search was ended early.
     """
 
     schedule: Schedule
     recipe: TokenRecipe
-    budget: str
+    budget: Budget
+    share: float
     metric: str
     chosen: Evaluation
     held_out: dict[str, Any] = field(default_factory=dict)
-    baselines: dict[str, Evaluation] = field(default_factory=dict)
+    fixed: dict[str, Evaluation] = field(default_factory=dict)
+    random: Evaluation | None = None
     trials: list[Evaluation] = field(default_factory=list)
     sensitivity: list[dict[str, Any]] = field(default_factory=list)
+    gate: list[dict[str, Any]] = field(default_factory=list)
+    latency: dict[str, Any] = field(default_factory=dict)
+    others: list[Calibration] = field(default_factory=list)
     passes: float = 0.0
-    table_passes: float = 0.0
     seconds: float = 0.0
+    interrupted: bool = False
+
+    @property
+    def front(self) -> list[dict[str, Any]]:
+        """[{name, kind, recipe, cost, deviation, chosen}] of everything that was tried, of all recipes."""
+        rows = []
+        for of in (self, *self.others):
+            named = [(e.schedule, "calibrated", e) for e in of.trials]
+            named += [(name, "fixed", e) for name, e in of.fixed.items()]
+            named += [("random", "random", of.random)] if of.random is not None else []
+            if of.chosen.schedule not in {e.schedule for _, kind, e in named if kind != "random"}:  # the gate made it
+                named.append((of.chosen.schedule, "calibrated", of.chosen))
+            for name, kind, e in named:
+                chosen = of is self and kind != "random" and e.schedule == self.chosen.schedule
+                row = {"name": name, "kind": kind, "recipe": of.recipe.name, "cost": e.cost, "deviation": e.deviation}
+                rows.append(row | {"chosen": chosen})
+        return rows
 
     def to_dict(self) -> dict[str, Any]:
         """Plain data, as a report's ``calibration``."""
-        points = [{"name": name, "kind": "random" if name == "random" else "fixed", "cost": e.share,
-                   "deviation": e.deviation, "chosen": False} for name, e in self.baselines.items()]  # fmt: skip
-        points += [{"name": e.schedule, "kind": "calibrated", "cost": e.share, "deviation": e.deviation,
-                    "chosen": e.schedule == self.chosen.schedule} for e in self.trials]  # fmt: skip
         return {
-            "budget": self.budget,
+            "budget": str(self.budget),
             "metric": self.metric,
             "recipe": self.recipe.name,
             "schedule": self.schedule.to_dict(),
             "fitted": asdict(self.chosen),
             "held_out": self.held_out,
             "sensitivity": self.sensitivity,
-            "front": points,
-            "trials": [{"number": i, "cost": e.share, "deviation": e.deviation} for i, e in enumerate(self.trials)],
-            "passes": {"table": round(self.table_passes, 2), "all": round(self.passes, 2)},
-            "seconds": self.seconds,
+            "front": self.front,
+            "gate": self.gate,
+            "reverted": [{"site": row["site"], "why": row["why"]} for row in self.gate if not row["kept"]],
+            "latency": self.latency,
+            "trials": [{"number": i, "cost": e.cost, "deviation": e.deviation} for i, e in enumerate(self.trials)],
+            "passes": round(self.passes, 2),
+            "seconds": round(self.seconds, 2),
+            "interrupted": self.interrupted,
         }
+
+
+Progress = Callable[[str, int, int], None]
 
 
 def fit(
@@ -155,119 +192,321 @@ def fit(
     held_out: Iterable[Batch] | None = None,
     metric: str | None = None,
     calibrator: Calibrator | None = None,
+    target: Target | None = None,
     seed: int = 0,
     cache: Path | None = None,
-    progress: Callable[[str, int, int], None] = lambda *_: None,
+    keep_best: bool = False,
+    progress: Progress = lambda *_: None,
 ) -> Calibration:
     """Fits the schedule of a recipe to data under a budget.
 
-    The data are gone through about ten times for the table of layers (each layer alone, at three shares), once for each
-    trial and baseline. Interrupted, it keeps the best so far (`KeyboardInterrupt` ends the search, not the call).
+    The data are gone through about ten times for the table of layers (each layer alone, at three shares), and once for
+    each trial and fixed schedule. Interrupted by a `KeyboardInterrupt`, the search keeps the best so far.
 
     Args:
         program: as captured, or in canonical form.
-        recipe: a name, a file or a recipe that reduces tokens.
+        recipe: a name, a file or a recipe that reduces tokens; several names with commas between them, a list, or
+            "auto" for `AUTO`: the one that keeps most is chosen, those that cannot are left out.
         data: batches of (inputs as flat tensors, labels or None), gone through several times.
-        budget: "flops=60%" or "tokens=60%".
+        budget: "flops=60%", "tokens=60%", "latency=0.6x", "latency=4ms" or "drop=0.5%".
         held_out: data that are not fitted on, for the numbers of a report.
         metric: kl, cosine, last-token, relative, or package.module:function; what suits the outputs by default.
         calibrator: `Search` by default.
-        seed: the same seed gives the same schedule.
+        target: where latency counts; with one, every layer's reduction has to pay there.
+        seed: the same seed gives the same schedule, where latency is not measured.
         cache: folder for what was measured, so that a second budget is quick; `cache_folder` is the usual one.
+        keep_best: return the best found where nothing meets a budget of latency.
+        progress: called with (stage, done, total).
 
     Raises:
         BudgetError: if no schedule meets the budget.
         UsageError: for a recipe without a schedule of layers, or data that do not fit.
     """
-    start = time.perf_counter()
-    found = recipes.get(recipe)
-    if not isinstance(found, TokenRecipe):
-        raise UsageError(f"recipe {found} has no schedule to calibrate", why="it gives attention a pattern")
     budget = Budget.parse(budget)
+    names = _recipes(recipe)
     canonical = Pipeline([FoldConstants(), RaiseAttention(), FlattenGrids()]).run(program).program
-    problem = Problem(canonical, found, data, metric, cache, progress)
-    baselines = dict(_baselines(problem, budget))
-    calibrator = calibrator or Search()
-    trials: list[Evaluation] = []
-    schedules: dict[str, Schedule] = {}
-    limit = budget.share if budget.metric == "flops" else None
-    try:
-        if found.place.name in LAYERWISE and limit is not None:
-            for schedule in calibrator.schedules(problem, limit, seed):
-                schedules[str(schedule)] = schedule
-                trials.append(problem.evaluate(schedule))
-                best = min(trials, key=lambda e: e.deviation)
-                progress(f"search, deviation {best.deviation:.3g}", len(trials), TRIALS + 1)
-    except KeyboardInterrupt:
-        if not trials:
-            raise
-    problem.save()
-    own = {name: e for name, (e, _) in baselines.items() if name != "random"}
-    schedules |= {e.schedule: schedule for name, (e, schedule) in baselines.items() if name != "random"}
-    candidates = [*trials, *own.values()]
-    if not candidates:
-        raise BudgetError(f"recipe {found.name} cannot meet the budget {budget}", hint="allow more, or another recipe")
-    chosen = min(candidates, key=lambda e: (e.deviation, e.schedule))
-    schedule = schedules[chosen.schedule]
-    result = Calibration(schedule, found, str(budget), problem.metric, chosen, trials=trials, passes=problem.passes)
-    result.baselines = {name: e for name, (e, _) in baselines.items()}
-    if trials:
-        result.sensitivity = _sensitivity(problem)
-    if held_out is not None:
-        result.held_out = _held_out(problem, schedule, baselines, held_out)
-    result.seconds = time.perf_counter() - start
-    return result
+    if budget.metric == "latency" and target is None:
+        target = Target()
+    found: list[Calibration] = []
+    refused: list[BudgetError | UsageError] = []
+    for one in names:
+        problem = Problem(canonical, one, data, metric, cache, progress)
+        try:
+            found.append(_Fit(problem, budget, calibrator or Search(), target, seed, keep_best).run(held_out))
+        except (BudgetError, UsageError) as error:
+            refused.append(error)
+        finally:
+            problem.save()
+        if found and found[-1].interrupted:
+            break
+    if not found:
+        raise refused[0]
+    best = min(found, key=lambda c: c.chosen.deviation if budget.metric != "drop" else c.chosen.cost)
+    best.others = [c for c in found if c is not best]
+    return best
 
 
-def _baselines(problem: Problem, budget: Budget) -> Iterator[tuple[str, tuple[Evaluation, Schedule]]]:
-    """Fixed schedules of the recipe at the same budget, its own default, and random tokens; those that can meet it."""
-    shapes = dict(BASELINES) if problem.recipe.place.name in LAYERWISE else {}
-    if problem.recipe.schedule:
-        shapes["default"] = problem.recipe.schedule
-    for name, shape in shapes.items():
+def _recipes(recipe: Any) -> list[TokenRecipe]:
+    if isinstance(recipe, str) and not recipe.endswith((".yaml", ".yml")):
+        recipe = AUTO if recipe == "auto" else [name.strip() for name in recipe.split(",")]
+    found = [recipes.get(one) for one in (recipe if isinstance(recipe, (list, tuple)) else [recipe])]
+    for one in found:
+        if not isinstance(one, TokenRecipe):
+            raise UsageError(f"recipe {one} has no schedule to calibrate", why="it gives attention a pattern")
+    return found
+
+
+@dataclass
+class _Fit:
+    """One recipe's calibration."""
+
+    problem: Problem
+    budget: Budget
+    calibrator: Calibrator
+    target: Target | None
+    seed: int
+    keep_best: bool
+    found: dict[str, Schedule] = field(default_factory=dict)
+    trials: list[str] = field(default_factory=list)
+    fixed: dict[str, str] = field(default_factory=dict)
+    interrupted: bool = False
+
+    def run(self, held_out: Iterable[Batch] | None) -> Calibration:
+        start, problem, budget = time.perf_counter(), self.problem, self.budget
+        layerwise = problem.recipe.place.name in LAYERWISE
+        if not layerwise and budget.metric not in ("flops", "tokens"):
+            why = f"place {problem.recipe.place} has no layers to choose"
+            raise UsageError(f"recipe {problem.recipe.name} cannot be fitted to {budget}", why=why)
+        latency: dict[str, Any] = {}
+        rows: list[dict[str, Any]] = []
+        if not layerwise:
+            self._only_default()
+            schedule, share = self._best(), budget.share
+        elif budget.metric == "latency":
+            schedule, share, rows, latency = self._timed()
+        else:
+            problem.price = Price(budget.metric if budget.metric == "tokens" else "flops")
+            share = self._least() if budget.metric == "drop" else budget.share
+            schedule = self._search(share)
+            if self.target is not None:
+                schedule, rows = self._gated(schedule)
+        evaluate = problem.evaluate
+        result = Calibration(schedule, problem.recipe, budget, share, problem.metric, evaluate(schedule))
+        result.trials = [evaluate(self.found[key]) for key in self.trials]
+        result.fixed = {name: evaluate(self.found[key]) for name, key in self.fixed.items()}
+        result.sensitivity = _sensitivity(problem) if layerwise else []
+        result.gate, result.latency, result.interrupted = rows, latency, self.interrupted
+        blind = self._blind(layerwise)
+        result.random = blind.evaluate(schedule) if blind is not None else None
+        if held_out is not None:
+            result.held_out = self._held_out(result, blind, held_out)
+        result.passes, result.seconds = problem.passes, time.perf_counter() - start
+        return result
+
+    # -- one search ----------------------------------------------------------------------------------------------
+
+    def _search(self, share: float) -> Schedule:
+        """The best schedule at a share of the dense model's cost: of the trials, or a fixed one."""
+        problem, table = self.problem, self.problem.table()
+        self.found, self.trials, self.fixed = {}, [], {}
+        total = getattr(self.calibrator, "trials", 0) + 1
         try:
-            step = within(budget, ReduceTokens(problem.recipe, shape), problem.program)
-        except (BudgetError, UsageError):
-            continue
+            for name, shape in (FIXED | {"default": problem.recipe.schedule or FIXED["constant"]}).items():
+                shape = Schedule.parse(shape)
+                if shape.is_identity:
+                    continue
+                try:
+                    schedule = met(problem, table, share, lambda t, s=shape: scaled(table, s, problem.depth, t))
+                except BudgetError:
+                    continue
+                self.fixed[name] = str(schedule)
+                self._tried(schedule, "fixed schedules", len(self.fixed), len(FIXED) + 1)
+            for schedule in self.calibrator.schedules(problem, share, self.seed):
+                self.trials.append(str(schedule))
+                self._tried(schedule, "search", len(self.trials), total)
+        except KeyboardInterrupt:
+            if not self.found:
+                raise
+            self.interrupted = True
+        return self._best()
+
+    def _tried(self, schedule: Schedule, stage: str, done: int, total: int) -> None:
+        self.problem.risk(schedule)
+        self.found[str(schedule)] = schedule
+        best = min(self.problem.evaluate(s).deviation for s in self.found.values())
+        self.problem.progress(f"{stage}, {self.problem.recipe.name}, best {best:.3g}", done, total)
+
+    def _best(self) -> Schedule:
+        """The trial of least risk, if it is better than the best fixed schedule by a standard error; else that one.
+
+        The best of many trials looks better on the data it was chosen on than it is: few samples cannot tell them
+        apart, and a fixed schedule was not chosen from as many.
+        """
+        if not self.found:
+            raise BudgetError(f"recipe {self.problem.recipe.name} cannot meet the budget {self.budget}")
+        risk = {key: self.problem.risk(schedule) for key, schedule in self.found.items()}
+        least = lambda keys: min(keys, key=lambda key: (risk[key], key))  # noqa: E731
+        if not self.trials or not self.fixed:
+            return self.found[least(risk)]
+        best, usual = least(self.trials), least(self.fixed.values())
+        roots = [np.sqrt(np.clip(self.problem.deviations(self.found[key]), 0, None)) for key in (best, usual)]
+        gain = roots[1] - roots[0]
+        surely = gain.mean() > gain.std() / len(gain) ** 0.5
+        return self.found[best if surely else usual]
+
+    def _only_default(self) -> None:
+        """The recipe's own schedule, scaled: for places without layers of their own."""
+        recipe = self.problem.recipe
+        step = within(self.budget, ReduceTokens(recipe, recipe.schedule), self.problem.program)
         schedule = Schedule.parse(step.schedule)
-        yield name, (problem.evaluate(schedule), schedule)
-    other = recipes.get("random")
-    if problem.recipe.name != "random" and problem.recipe.place.name in LAYERWISE:
+        self.problem.price = Price(self.budget.metric)
+        self.fixed = {"default": str(schedule)}
+        self._tried(schedule, "fixed schedules", 1, 1)
+
+    # -- budgets that are not a share of what can be counted -----------------------------------------------------
+
+    def _least(self) -> float:
+        """The least share of operations at which the table's solution loses no more than it may."""
+        problem, table = self.problem, self.problem.table()
+        dense = problem.accuracy()
+        low, high = 0.0, 1.0
+        for i in range(_HALVINGS):
+            problem.progress(f"search the least cost, {high:.0%}", i, _HALVINGS)
+            share = (low + high) / 2
+            try:
+                schedule = met(problem, table, share, lambda target: solve(table, target))
+            except BudgetError:
+                low, problem.off = share, 0.0
+                continue
+            found = problem.evaluate(schedule)
+            lost = found.deviation if dense is None else dense - found.accuracy
+            low, high = (low, share) if lost <= self.budget.share else (share, high)
+        if high == 1.0:
+            raise BudgetError(
+                f"recipe {problem.recipe.name} loses more than {self.budget.share:.2%} whatever it removes",
+                hint="allow a larger loss, or take another recipe",
+            )
+        return high
+
+    def _timed(self) -> tuple[Schedule, float, list[dict[str, Any]], dict[str, Any]]:
+        """Solves for a latency that is priced, builds the engine, measures it, and solves again for less if need be."""
+        problem, target = self.problem, self.target
+        assert target is not None, "latency counts somewhere"
+        problem.progress("measure the price", 0, 0)
+        problem.price = self._price(target)
+        dense_ms = problem.price.dense_ms
+        ms = self.budget.milliseconds
+        wanted = self.budget.share if ms is None else ms / dense_ms
+        aim, tried = min(wanted, 1.0), []
+        for i in range(_BUILDS):
+            try:
+                schedule = self._search(aim)
+            except BudgetError:
+                if not tried or not self.keep_best:
+                    raise
+                break
+            schedule, rows = self._gated(schedule)
+            problem.progress("measure the engine", i, _BUILDS)
+            times = target.race({"dense": problem.program, "reduced": problem.reduced(schedule)})
+            found = times["reduced"] / times["dense"]
+            latency = asdict(target) | {"source": target.source, "dense_ms": times["dense"], "ms": times["reduced"]}
+            met_it = times["reduced"] <= ms if ms is not None else found <= wanted
+            tried.append((found, schedule, aim, rows, latency | {"ratio": found, "met": met_it}))
+            if met_it or self.interrupted:
+                break
+            aim *= min(wanted / found, 0.99)
+        found, schedule, aim, rows, latency = min(tried, key=lambda t: (not t[-1]["met"], t[0]))
+        if not latency["met"] and not self.keep_best:
+            raise BudgetError(
+                f"recipe {problem.recipe.name} cannot meet the budget {self.budget}",
+                why=f"the best of {len(tried)} engines takes {latency['ms']:.3f} ms, {found:.2f}x of the dense model's "
+                f"{latency['dense_ms']:.3f} ms, {target.source}",
+                hint="allow more, take another recipe, or --keep-best writes what was found",
+            )
+        return schedule, aim, rows, latency
+
+    def _price(self, target: Target) -> Price:
+        """Milliseconds as a line, from three programs: dense, fewer tokens at once, and one token less everywhere."""
+        problem = self.problem
+        layers = list(problem.places)
+        tokens = max(count for _, count in problem.places.values())
+        fewer = alone(layers[0], tokens // 2)
+        everywhere = schedule_of(layers, [1] * len(layers))
+        times = target.race(
+            {"dense": problem.program, "fewer": problem.reduced(fewer), "each": problem.reduced(everywhere)}
+        )
+        points = [(problem.cost_of(s, "flops"), len(problem.reducing(s)), times[name])
+                  for name, s in (("fewer", fewer), ("each", everywhere))]  # fmt: skip
+        return Price.fitted(times["dense"], points)
+
+    def _gated(self, schedule: Schedule) -> tuple[Schedule, list[dict[str, Any]]]:
+        """The schedule without the layers that do not pay on the target."""
+        problem = self.problem
+        layers = problem.reducing(schedule)
+        if len(layers) < 2:
+            return schedule, []
+
+        def only(kept: frozenset[int]) -> Schedule:
+            removed = [schedule.r[n] if n in kept else 0 for n in problem.places]
+            return schedule_of(list(problem.places), removed)
+
+        problem.progress("gate", 0, 0)
+        sites = {n: problem.places[n][0] for n in layers}
+        kept, rows = gate(sites, lambda numbers: problem.reduced(only(numbers)), self.target)
+        return only(kept), rows
+
+    # -- data that were not fitted on ----------------------------------------------------------------------------
+
+    def _blind(self, layerwise: bool) -> Problem | None:
+        """The same problem with a recipe that chooses tokens at random."""
+        problem = self.problem
+        if problem.recipe.name == "random" or not layerwise or self.interrupted:
+            return None
+        recipe = replace(recipes.get("random"), place=problem.recipe.place)
         try:
-            step = within(budget, ReduceTokens(other), problem.program)
-        except (BudgetError, UsageError):
-            return
-        blind = Problem(problem.program, other, problem.batches, problem.metric, problem.cache)
-        schedule = Schedule.parse(step.schedule)
-        yield "random", (blind.evaluate(schedule), schedule)
+            return Problem(problem.program, recipe, problem.batches, problem.metric, problem.cache)
+        except UsageError:  # it has no such place
+            return None
+
+    def _held_out(self, result: Calibration, blind: Problem | None, data: Iterable[Batch]) -> dict[str, Any]:
+        problem = self.problem
+        found = problem.evaluate(result.schedule, data)
+        others = {name: asdict(problem.evaluate(self.found[key], data)) for name, key in self.fixed.items()}
+        if blind is not None:
+            others["random"] = asdict(blind.evaluate(result.schedule, data))
+        return {
+            "samples": found.samples,
+            "deviation": found.deviation,
+            "deviation_ci": _interval(found.deviation, found.spread),
+            "accuracy": found.accuracy,
+            "accuracy_dense": problem.accuracy(data),
+            "accuracy_ci": None if found.accuracy is None else _wilson(found.accuracy, found.samples),
+            "fixed": others,
+        }
+
+
+def _interval(mean: float, error: float) -> list[float]:
+    """At 95 %, of what is never less than nothing."""
+    return [max(mean - 1.96 * error, 0.0), mean + 1.96 * error]
+
+
+def _wilson(share: float, samples: int) -> list[float]:
+    """At 95 %, of a share of samples.
+
+    Source: Wilson, JASA 22(158), 1927.
+    """
+    z = 1.96**2 / samples
+    middle, half = share + z / 2, (share * (1 - share) * z + z**2 / 4) ** 0.5
+    return [(middle - half) / (1 + z), (middle + half) / (1 + z)]
 
 
 def _sensitivity(problem: Problem) -> list[dict[str, Any]]:
-    from tokenopt.calibration.solve import RATIOS
-
     table = problem.table()
     return [
-        {"layer": layer, "ratio": ratio, "deviation": float(table.error[i, j])}
+        {"layer": layer, "site": problem.places[layer][0], "ratio": ratio, "deviation": float(table.error[i, j])}
         for i, layer in enumerate(table.layers)
         for j, ratio in enumerate(RATIOS[: table.error.shape[1]])
     ]
-
-
-def _held_out(
-    problem: Problem, schedule: Schedule, baselines: dict[str, tuple[Evaluation, Schedule]], data: Iterable[Batch]
-) -> dict[str, Any]:
-    found = problem.evaluate(schedule, data)
-    fixed = {name: asdict(problem.evaluate(other, data)) for name, (_, other) in baselines.items() if name != "random"}
-    accuracy, samples = found.accuracy, found.samples
-    return {
-        "deviation": found.deviation,
-        "deviation_ci": 1.96 * found.spread,
-        "accuracy": accuracy,
-        "accuracy_dense": problem.accuracy(data),
-        "accuracy_ci": None if accuracy is None else 1.96 * (accuracy * (1 - accuracy) / samples) ** 0.5,
-        "samples": samples,
-        "baselines": fixed,
-    }
 
 
 def calibrate(
@@ -275,4 +514,3 @@ def calibrate(
 ) -> Schedule:
     """The schedule of `fit`; see there for what it takes."""
     return fit(program, recipe, data, budget=budget, **options).schedule
-

@@ -7,6 +7,7 @@ import json
 import os
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field, replace
+from math import ceil
 from pathlib import Path
 from typing import Any
 
@@ -14,13 +15,14 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from tokenopt.budget import SHARES
 from tokenopt.calibration import metrics
+from tokenopt.calibration.price import Price
 from tokenopt.calibration.solve import RATIOS, Table
-from tokenopt.cost import program_flops
 from tokenopt.errors import UsageError
 from tokenopt.passes.reduce_tokens import Planner, ReduceTokens
 from tokenopt.passes.remove_dead import RemoveDead
-from tokenopt.pipeline import Pipeline
+from tokenopt.pipeline import Pipeline, PipelineResult
 from tokenopt.program import Program, atomic_path
 from tokenopt.schedule import Schedule
 from tokenopt.tokens.plan import Stream
@@ -38,14 +40,14 @@ class Evaluation:
 
     Attributes:
         schedule: in text.
-        share: of the dense program's floating-point operations.
+        cost: of the dense program's, in the unit of the budget.
         deviation: mean over samples, and ``spread``, its standard error.
         accuracy: share of samples whose label is the greatest score; None without labels.
         samples: how many were looked at.
     """
 
     schedule: str
-    share: float
+    cost: float
     deviation: float
     spread: float
     accuracy: float | None
@@ -63,6 +65,7 @@ class Problem:
         metric: see `metrics.get`; what suits the outputs by default.
         cache: a folder for what was measured; None keeps nothing.
         progress: called with (stage, done, total).
+        price: what a schedule costs; operations by default.
     """
 
     program: Program
@@ -71,14 +74,16 @@ class Problem:
     metric: str | None = None
     cache: Path | None = None
     progress: Callable[[str, int, int], None] = field(default=lambda *_: None)
+    price: Price = field(default_factory=Price)
     passes: float = 0.0  # forward passes over the data so far
     off: float = 0.0  # what programs were found to cost more than the table says
 
     def __post_init__(self) -> None:
         self._dense: list[list[Tensor]] = []
         self._known: dict[str, Any] = {}
-        self._programs: dict[str, Program] = {}
-        self.samples = 0
+        self._places: dict[int, tuple[str, int]] | None = None
+        self._programs: dict[str, PipelineResult] = {}
+        self.samples, self.depth = 0, 1
         self._digest = hashlib.sha256()
         self._look()
         self._load()
@@ -112,84 +117,108 @@ class Problem:
         with torch.no_grad():
             return program.flat(*args, **kwargs)[: len(self.program.output_nodes)]
 
-    @property
-    def dense_flops(self) -> float:
-        return program_flops(self.program)
-
     # -- schedules -----------------------------------------------------------------------------------------------
 
-    def places(self) -> dict[int, int]:
-        """Layers where the recipe can reduce, with the tokens that can be reduced there."""
-        looker = _Looker(self.recipe, Schedule(r=1))
-        self._step(looker.schedule).apply(self.program.clone(), looker)
-        return looker.seen
+    @property
+    def places(self) -> dict[int, tuple[str, int]]:
+        """Layers where the recipe can reduce: the attention's name, and the tokens that can be reduced there."""
+        if self._places is None:
+            looker = _Looker(self.recipe, Schedule(r=1))
+            self._step(looker.schedule).apply(self.program.clone(), looker)
+            self._places, self.depth = looker.seen, looker.depth
+        return self._places
 
     def reduced(self, schedule: Schedule) -> Program:
-        """The program with this schedule; the last few are kept."""
+        """The program with this schedule."""
+        return self._rewritten(schedule).program
+
+    def _rewritten(self, schedule: Schedule) -> PipelineResult:
+        """The last few are kept."""
         key = str(schedule)
         if key not in self._programs:
             while len(self._programs) > 3:
                 self._programs.pop(next(iter(self._programs)))
-            self._programs[key] = Pipeline([self._step(schedule), RemoveDead()]).run(self.program).program
+            self._programs[key] = Pipeline([self._step(schedule), RemoveDead()]).run(self.program)
         return self._programs[key]
 
-    def share(self, schedule: Schedule) -> float:
-        """Of the dense program's operations."""
-        found = self._known.setdefault("share", {})
-        key = str(schedule)
-        if key not in found:
-            found[key] = program_flops(self.reduced(schedule)) / self.dense_flops
-        return found[key]
+    def cost(self, schedule: Schedule) -> float:
+        """Of the dense program's, in the unit of the price."""
+        reductions = len(self.reducing(schedule)) if self.price.each else 0
+        return self.price(self.cost_of(schedule, self.price.counted), reductions)
 
-    def evaluate(self, schedule: Schedule, batches: Iterable[Batch] | None = None, part: float = 1.0) -> Evaluation:
-        """Deviation and accuracy of a schedule.
+    def reducing(self, schedule: Schedule) -> list[int]:
+        """The layers that a schedule of counts reduces at."""
+        return [layer for layer in self.places if schedule.kept(layer, self.depth, 2**20) < 2**20]
+
+    def cost_of(self, schedule: Schedule, counted: str) -> float:
+        """The share that is left of the dense program's "flops" or "tokens"."""
+        found, key = self._known.setdefault("counts", {}), str(schedule)
+        if key not in found:
+            result = self._rewritten(schedule)
+            edits = [e for e in result.edits if e.before is not None]
+            outputs = self.recipe.place.outputs
+            found[key] = {name: share(self.program, result.program, edits, outputs) for name, share in SHARES.items()}
+        return found[key][counted]
+
+    def evaluate(self, schedule: Schedule, batches: Iterable[Batch] | None = None) -> Evaluation:
+        """Deviation and accuracy of a schedule, on the data to fit on or on others."""
+        deviations, hits = (np.array(v) for v in self._values(schedule, batches))
+        spread = float(deviations.std(ddof=1) / len(deviations) ** 0.5) if len(deviations) > 1 else 0.0
+        accuracy = float(hits.mean()) if len(hits) else None
+        cost = self.cost(schedule)
+        return Evaluation(str(schedule), cost, float(deviations.mean()), spread, accuracy, len(deviations))
+
+    def risk(self, schedule: Schedule, share: float = 1.0) -> float:
+        """What is minimised: a mean over the data to fit on that single samples do not decide; see `robust_mean`.
 
         Args:
-            batches: other data than those to fit on.
-            part: of the samples to look at.
+            share: of the batches, where not all are needed.
         """
-        found, key = self._known.setdefault("evaluations", {}), f"{schedule} {part:.3f}"
-        if batches is None and key in found:
-            return Evaluation(**found[key])
-        evaluation = self._evaluate(schedule, batches, part)
-        if batches is None:
-            found[key] = vars(evaluation)
-        return evaluation
+        return robust_mean(np.array(self._values(schedule, share=share)[0]))
 
-    def _evaluate(self, schedule: Schedule, batches: Iterable[Batch] | None, part: float) -> Evaluation:
+    def deviations(self, schedule: Schedule) -> np.ndarray:
+        """Of every sample."""
+        return np.array(self._values(schedule)[0])
+
+    def _values(
+        self, schedule: Schedule, batches: Iterable[Batch] | None = None, share: float = 1.0
+    ) -> tuple[list[float], list[bool]]:
+        """Deviation of every sample, and whether its answer is right, where labels are known."""
+        if batches is not None:
+            return self._run_all(schedule, batches)
+        known, key = self._known.setdefault("evaluations", {}), f"{schedule} {share:.4f}"
+        if key not in known:
+            known[key] = self._run_all(schedule, self.batches, self._dense, share)
+            self.passes += len(known[key][0]) / self.samples
+        return known[key]
+
+    def _run_all(
+        self, schedule: Schedule, batches: Iterable[Batch], kept: Sequence[list[Tensor]] = (), share: float = 1.0
+    ) -> tuple[list[float], list[bool]]:
         program = self.reduced(schedule)
-        deviations, right, labelled, seen = [], 0, 0, 0
-        wanted = max(round(part * self.samples), 1) if batches is None else None
-        for i, (inputs, labels) in enumerate(self.batches if batches is None else batches):
-            if wanted is not None and seen >= wanted:
-                break
-            known = batches is None and i < len(self._dense)
-            dense = self._dense[i] if known else self._run(self.program, inputs)
-            if wanted is not None and seen + len(inputs[0]) > wanted:
-                few = wanted - seen
-                inputs, dense = [t[:few] for t in inputs], [t[:few] for t in dense]
-                labels = None if labels is None else labels[:few]
+        deviations: list[float] = []
+        right: list[bool] = []
+        for i, (inputs, labels) in enumerate(batches):
+            if ceil((i + 1) * share) == ceil(i * share):  # batches all over the data: they may be in order of classes
+                continue
+            dense = kept[i] if i < len(kept) else self._run(self.program, inputs)
             outputs = self._run(program, inputs)
-            deviations.append(self._measure(outputs, dense).double().cpu())
-            hits = None if labels is None else metrics.correct(outputs, labels)
-            if hits is not None:
-                right, labelled = right + int(hits.sum()), labelled + len(hits)
-            seen += len(inputs[0])
-        if batches is None:
-            self.passes += seen / self.samples
-        values = torch.cat(deviations)
-        spread = float(values.std() / len(values) ** 0.5) if len(values) > 1 else 0.0
-        accuracy = right / labelled if labelled else None
-        return Evaluation(str(schedule), self.share(schedule), float(values.mean()), spread, accuracy, seen)
+            deviations += self._measure(outputs, dense).double().tolist()
+            right += self._right(outputs, labels)
+        return deviations, right
 
-    def accuracy(self, batches: Iterable[Batch]) -> float | None:
+    @staticmethod
+    def _right(outputs: Sequence[Tensor], labels: Tensor | None) -> list[bool]:
+        hits = None if labels is None else metrics.correct(outputs, labels)
+        return [] if hits is None else hits.tolist()
+
+    def accuracy(self, batches: Iterable[Batch] | None = None) -> float | None:
         """Of the dense model."""
-        right = total = 0
-        for inputs, labels in batches:
-            hits = None if labels is None else metrics.correct(self._run(self.program, inputs), labels)
-            if hits is not None:
-                right, total = right + int(hits.sum()), total + len(hits)
-        return right / total if total else None
+        right: list[bool] = []
+        for i, (inputs, labels) in enumerate(self.batches if batches is None else batches):
+            known = batches is None and i < len(self._dense)
+            right += self._right(self._dense[i] if known else self._run(self.program, inputs), labels)
+        return sum(right) / len(right) if right else None
 
     def _step(self, schedule: Schedule) -> ReduceTokens:
         return ReduceTokens(self.recipe, schedule)
@@ -199,23 +228,22 @@ class Problem:
     def table(self) -> Table:
         """Error and cost of every layer at several shares: each is reduced alone, on a part of the data.
 
-        Its cost counts operations. What lies between two layers' places is how much more one saves than the next.
+        What lies between two layers' places is how much more one saves than the next.
         """
         if self.recipe.place.name not in LAYERWISE:
             raise UsageError(f"recipe {self.recipe.name} has no schedule of layers", why=f"place {self.recipe.place}")
-        places = self.places()
+        places = {layer: count for layer, (_, count) in self.places.items()}
         if not places:
             raise UsageError(f"recipe {self.recipe.name} reduces nothing on this model")
+        counted, share = self.price.counted, min(1.0, _PASSES / (len(places) * len(RATIOS)))
         layers, tokens = tuple(places), max(places.values())
         chained = self.recipe.place.name != "attention"
-        part = min(1.0, _PASSES / (len(layers) * len(RATIOS)))
         error, saved = np.zeros((len(layers), len(RATIOS))), np.zeros((len(layers), len(RATIOS)))
         for i, layer in enumerate(layers):
             for j, ratio in enumerate(RATIOS):
                 self.progress("measure layers", i * len(RATIOS) + j, len(layers) * len(RATIOS))
                 schedule = alone(layer, round((1 - ratio) * places[layer]))
-                found = self.evaluate(schedule, part=part)
-                error[i, j], saved[i, j] = found.deviation, 1 - found.share
+                error[i, j], saved[i, j] = self.risk(schedule, share=share), 1 - self.cost_of(schedule, counted)
         self.save()
         # where one layer can remove no more, as a merge can no more than half, there is no more to measure
         grows = (np.diff(saved, axis=1, prepend=0) > 1e-9).all(0)
@@ -227,9 +255,10 @@ class Problem:
         nothing = np.zeros((1, valid))
         between = saved - np.vstack([saved[1:], nothing]) if chained else saved
         cost = np.concatenate([np.zeros((len(layers) + 1, 1)), -np.vstack([nothing, between])], 1)
-        cost[0] += 1.0  # what is not saved: the costs of stretches are less than nothing
+        cost *= self.price.slope
+        cost[0] += self.price.fixed + self.price.slope  # what is not saved: stretches cost less than nothing
         least = RATIOS[valid - 1] if valid < len(RATIOS) else 0.02
-        return Table(layers, tokens, error, cost, least=least, chained=chained)
+        return Table(layers, tokens, error, cost, self.price.each, least, chained)
 
     # -- what is kept on disk --------------------------------------------------------------------------------------
 
@@ -259,6 +288,15 @@ class Problem:
             partial.write_text(json.dumps(self._known))
 
 
+def robust_mean(deviations: np.ndarray) -> float:
+    """The square of the mean root.
+
+    Deviations such as a divergence are squares of how far outputs move. A few samples that are about to change their
+    class make up most of their mean, and which schedule is best for those few says little about other samples.
+    """
+    return float(np.sqrt(np.clip(deviations, 0.0, None)).mean() ** 2)
+
+
 def alone(layer: int, removed: int) -> Schedule:
     """A schedule that removes tokens at one layer."""
     return Schedule(r=[0] * layer + [removed])
@@ -281,10 +319,12 @@ class _Looker(Planner):
 
     def __init__(self, recipe: TokenRecipe, schedule: Schedule) -> None:
         super().__init__(recipe, schedule)
-        self.seen: dict[int, int] = {}
+        self.seen: dict[int, tuple[str, int]] = {}
+        self.depth = 1
 
     def __call__(self, stream: Stream) -> None:
-        self.seen[stream.layer] = stream.count
+        self.depth = len(stream.sites)
+        self.seen[stream.layer] = stream.region.site.id, stream.count
 
 
 def with_schedule(recipe: TokenRecipe, schedule: Schedule) -> TokenRecipe:

@@ -4,8 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from math import ceil
 
 import numpy as np
+
+from tokenopt.schedule import Schedule
 
 RATIOS = (0.75, 0.5, 0.25)  # shares of the tokens that are kept where tables are measured
 _BISECTIONS = 40
@@ -100,6 +103,36 @@ def _spent(table: Table, path: list[int], budget: float) -> list[int]:
             while path[i] >= step and _cost(table, [*path[:i], path[i] - step, *path[i + 1 :]]) <= budget:
                 path[i] -= step
     return path
+
+
+def scaled(table: Table, shape: Schedule, depth: int, budget: float) -> list[int] | None:
+    """Tokens to remove at each of the table's layers in the shape of a schedule, scaled until it costs the budget.
+
+    Args:
+        depth: layers of the model, of which shares of the depth count.
+
+    Returns:
+        None where the strongest scale costs more.
+    """
+
+    def removed(factor: float) -> list[int]:
+        schedule, left, counts = shape.scaled(factor, depth), table.tokens, []
+        for layer in table.layers:
+            kept = max(schedule.kept(layer, depth, left), ceil(table.least * left), 1)
+            counts.append(left - kept)
+            left = kept if table.chained else left
+        return counts
+
+    if shape.keep is not None:
+        low, high = 0.0, 0.999 / (1.0 - shape.keep)
+    else:
+        low, high = 0.0, 4.0 * table.tokens / max(sum(shape.scaled(1.0, depth).r), 1)
+    if _cost(table, removed(high)) > budget:
+        return None
+    for _ in range(_BISECTIONS):
+        factor = (low + high) / 2
+        low, high = (low, factor) if _cost(table, removed(factor)) <= budget else (factor, high)
+    return removed(high)
 
 
 def _cost(table: Table, removed: Sequence[int]) -> float:
