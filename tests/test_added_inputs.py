@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from tokenopt import cli, load, optimize, run, runtimes
+from tokenopt.data import open_data
 from tokenopt.program import capture
 from tokenopt.report import Report
 from tokenopt.runtimes.bench import bench
@@ -90,7 +91,8 @@ def test_inputs_that_the_data_lacks_are_those_of_the_example(tmp_path: Path) -> 
     model, x = small_model()
     result = optimize(model, x, recipe="trajectory")
     np.savez(tmp_path / "data.npz", image=np.zeros((5, 3, 32, 32)))
-    ((image, ids),) = run._completed([[torch.zeros(5, 3, 32, 32)]], tmp_path / "data.npz", result)
+    data = open_data(tmp_path / "data.npz", result.dense.inputs)
+    ((image, ids),) = run._completed([[torch.zeros(5, 3, 32, 32)]], data, result)
     assert torch.equal(ids[4], result.program.example_inputs[1]["ids"][0]) and ids.shape == (5, 64)
 
 

@@ -6,6 +6,7 @@ import os
 import signal
 import sys
 import traceback
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -48,8 +49,27 @@ Capability = Annotated[
     str | None, typer.Option("--compute-capability", help="Of the GPU that TensorRT builds for, such as 8.9.")
 ]
 Data = Annotated[
-    Path | None, typer.Option(help="Inputs to check on: .npz, .npy or .safetensors, arrays named as the inputs.")
+    str | None,
+    typer.Option(
+        metavar="PATH",
+        help="Inputs: .npz, .npy or .safetensors, arrays named as the inputs; a folder of images, or of one folder per "
+        "class; or random.",
+    ),
 ]
+EvalData = Annotated[
+    str | None, typer.Option(metavar="PATH", help="Inputs to check on, where --data is fitted on; else a share of it.")
+]
+Mean = Annotated[
+    str | None, typer.Option(metavar="LIST", help="Of images: 0.485,0.456,0.406, or one value; the model's by default.")
+]
+Std = Annotated[str | None, typer.Option(metavar="LIST", help="Of images, as --mean.")]
+Resize = Annotated[
+    str | None, typer.Option(metavar="SIZE", help="Of images: 256, the shorter side; or 256x192, height and width.")
+]
+Crop = Annotated[str | None, typer.Option(metavar="SIZE", help="Of the centre of images: 224, or 224x192.")]
+Samples = Annotated[int | None, typer.Option(min=1, help="Use so many of --data, chosen at random.")]
+Seed = Annotated[int, typer.Option(min=0, help="Of that choice, of what is held out, and of random data.")]
+SkipBad = Annotated[bool, typer.Option("--skip-bad", help="Leave out files that cannot be read, and list them.")]
 Batch = Annotated[str, typer.Option(help="Batch sizes, such as 1,8.")]
 Threads = Annotated[int | None, typer.Option(min=1, help="Threads to run with.")]
 
@@ -121,6 +141,14 @@ def optimize(
     opset: Opset = None,
     compute_capability: Capability = None,
     data: Data = None,
+    eval_data: EvalData = None,
+    mean: Mean = None,
+    std: Std = None,
+    resize: Resize = None,
+    crop: Crop = None,
+    samples: Samples = None,
+    seed: Seed = 0,
+    skip_bad: SkipBad = False,
     batch: Batch = "1",
     threads: Threads = None,
     json: Json = False,
@@ -144,7 +172,7 @@ def optimize(
             passes=passes,
             min_speedup=min_speedup,
             short_outputs=short_outputs,
-            data=data,
+            data=_data(data, eval_data, mean, std, resize, crop, samples, seed, skip_bad),
             batch_sizes=_sizes(batch),
             threads=threads,
             progress=progress,
@@ -168,6 +196,13 @@ def export(
     opset: Opset = None,
     compute_capability: Capability = None,
     data: Data = None,
+    mean: Mean = None,
+    std: Std = None,
+    resize: Resize = None,
+    crop: Crop = None,
+    samples: Samples = None,
+    seed: Seed = 0,
+    skip_bad: SkipBad = False,
     json: Json = False,
 ) -> None:
     """Build a model for runtimes, and check it."""
@@ -179,7 +214,7 @@ def export(
             out,
             source=_source(arch, input_shape, static_batch, trust, allow_missing),
             build=run.Build(_names(to), opset, compute_capability),
-            data=data,
+            data=_data(data, None, mean, std, resize, crop, samples, seed, skip_bad),
             progress=progress,
         )
     _show(found, terminal.exported, json)
@@ -224,6 +259,13 @@ def verify(
     trust: Trust = False,
     allow_missing: AllowMissing = False,
     data: Data = None,
+    mean: Mean = None,
+    std: Std = None,
+    resize: Resize = None,
+    crop: Crop = None,
+    samples: Samples = None,
+    seed: Seed = 0,
+    skip_bad: SkipBad = False,
     tolerance: Annotated[float | None, typer.Option(min=0.0, help="Of the difference, relative.")] = None,
     json: Json = False,
 ) -> None:
@@ -239,7 +281,7 @@ def verify(
             a,
             b,
             source=_source(arch, input_shape, static_batch, trust, allow_missing),
-            data=data,
+            data=_data(data, None, mean, std, resize, crop, samples, seed, skip_bad),
             tolerance=tolerance,
             progress=progress,
         )
@@ -311,7 +353,8 @@ def main(arguments: list[str] | None = None) -> NoReturn:
             stream.reconfigure(errors="backslashreplace")
     code = DONE
     try:
-        with _exit_on_signals():
+        with _exit_on_signals(), warnings.catch_warnings():
+            warnings.showwarning = _show_warning
             app(arguments, prog_name="tokenopt")
     except SystemExit as end:  # typer's way to return
         code = end.code if isinstance(end.code, int) else DONE
@@ -335,6 +378,10 @@ def _report_error(error: Exception, message: str, code: int = ERROR) -> int:
         traceback.print_exception(error)
     print(f"error: {message}", file=sys.stderr)
     return code
+
+
+def _show_warning(message: Warning | str, *_: Any, **__: Any) -> None:
+    print(f"warning: {message}", file=sys.stderr)
 
 
 @contextmanager
@@ -371,6 +418,17 @@ def _source(
     return Source(arch, tuple(input_shape or ()), not static_batch, trust, allow_missing)
 
 
+def _data(
+    data: str | None, eval_data: str | None, mean: str | None, std: str | None, resize: str | None, crop: str | None,
+    samples: int | None, seed: int, skip_bad: bool,
+) -> Any:  # fmt: skip
+    from tokenopt.run import Data
+
+    size, fit = _size("--resize", resize), None if resize is None else "stretch" if "x" in resize else "cover"
+    floats, cropped = [_floats("--mean", mean), _floats("--std", std)], _size("--crop", crop)
+    return Data(data, eval_data, *floats, size, cropped, fit, samples, seed, skip_bad)
+
+
 def _show(value: Any, render: Any, json: bool) -> None:
     from tokenopt import terminal
     from tokenopt.report import dumps
@@ -396,6 +454,23 @@ def _sizes(text: str) -> list[int]:
     if not all(part.strip().isdigit() and int(part) > 0 for part in text.split(",")):
         raise UsageError(f"not a list of batch sizes: {text!r}", hint="such as --batch 1,8")
     return list(dict.fromkeys(int(part) for part in text.split(",")))
+
+
+def _floats(option: str, text: str | None) -> tuple[float, ...] | None:
+    try:
+        return None if text is None else tuple(float(part) for part in text.split(","))
+    except ValueError as error:
+        raise UsageError(f"not a list of numbers: {text!r}", hint=f"such as {option} 0.5,0.5,0.5") from error
+
+
+def _size(option: str, text: str | None) -> tuple[int, int] | None:
+    """Height and width; one number is both."""
+    if text is None:
+        return None
+    parts = text.split("x")
+    if len(parts) > 2 or not all(part.isascii() and part.isdigit() for part in parts):
+        raise UsageError(f"not a size: {text!r}", hint=f"such as {option} 224 or {option} 224x192, height by width")
+    return int(parts[0]), int(parts[-1])
 
 
 def _assignments(texts: list[str] | None) -> dict[str, Any]:

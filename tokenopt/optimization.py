@@ -20,6 +20,7 @@ from tokenopt.attention.pattern import Pattern
 from tokenopt.attention.recipe import AttentionRecipe
 from tokenopt.budget import within
 from tokenopt.cost import program_flops
+from tokenopt.data import find_preprocessing, open_data
 from tokenopt.errors import Refusal, UsageError
 from tokenopt.fitting import fit, needs_data
 from tokenopt.inspection import axis_dict, refusal_of
@@ -38,6 +39,8 @@ from tokenopt.tokens.recipe import TokenRecipe
 from tokenopt.tokens.score import Learned
 
 Progress = Callable[[str, int, int], None]
+
+FITTED = 32  # samples in a batch that a recipe learns from
 
 
 @dataclass
@@ -67,7 +70,7 @@ def optimize(
     short_outputs: bool = False,
     dynamic_batch: bool = True,
     given: Sequence[Tensor] | None = None,
-    data: Sequence[Sequence[Tensor]] | None = None,
+    data: Any = None,
     weights: str | Path | None = None,
     progress: Progress | None = None,
 ) -> Result:
@@ -90,7 +93,8 @@ def optimize(
         short_outputs: outputs that carry tokens keep the reduced ones.
         dynamic_batch: as for `capture`.
         given: inputs to check on beside random ones, as flat tensors.
-        data: batches of inputs, as flat tensors, for recipes with a part that is learned from data (no labels).
+        data: what recipes with a part that is learned from data learn it from: anything `open_data` takes, such as
+            batches of inputs as flat tensors, an array file or a folder of images. Labels are not needed.
         weights: where the weights of a learned score are written (.safetensors); they are in the program in any case.
         progress: called with (stage, done, total).
 
@@ -154,21 +158,26 @@ def _steps(
     return [FoldConstants(), RaiseAttention(), FlattenGrids(), reduce, RemoveDead()]
 
 
-def _fitted(step: Pass, program: Program, data: Sequence[Sequence[Tensor]] | None, weights: str | Path) -> Pass:
+def learns(step: Pass) -> bool:
+    """Whether a step has a part that is learned from data."""
+    return isinstance(step, ReduceTokens) and needs_data(step.resolved()[0])
+
+
+def _fitted(step: Pass, program: Program, data: Any, weights: str | Path) -> Pass:
     """A reduction whose recipe has learned from the data what it learns."""
-    if not isinstance(step, ReduceTokens):
+    if not isinstance(step, ReduceTokens) or not learns(step):
         return step
     recipe, schedule = step.resolved()
-    if not needs_data(recipe):
-        return step
-    if not data:
+    if data is None:
         part = recipe.score if isinstance(recipe.score, Learned) else recipe.select
         raise UsageError(
             f"recipe {recipe.name} learns from data, and there is none",
             why=f"{part.kind} '{part.name}': {part.summary()}",
-            hint="give inputs like those the model is for (--data FILE)",
+            hint="give inputs like those the model is for (--data PATH)",
         )
-    return replace(step, recipe=fit(recipe, schedule, program, data, Path(weights)), settings={})
+    opened = open_data(data, program.inputs, preprocessing=find_preprocessing(data, program.source, program.inputs))
+    batches = (batch.inputs for batch in opened.batches(FITTED))
+    return replace(step, recipe=fit(recipe, schedule, program, batches, Path(weights)), settings={})
 
 
 def _budgeted(steps: list[Pass], budget: Budget, program: Program) -> list[Pass]:

@@ -64,6 +64,10 @@ class Report:
                unstable: optional; samples left out because rounding alone decides which of their tokens are merged
                outputs: [{name, max_abs, mean_abs, max_rel, cosine, argmax_agreement}], the last null where rows are
                no scores of classes
+    data       empty if none was given; else seed, and fitted, checked: what was learned from, and what the data's rows
+               of parity are of, each null or {source, samples, labels (whether known), classes (how many),
+               preprocessing ({mean, std, resize, crop, fit, interpolation, scale, source} of images), synthetic,
+               skipped: [{file, why}]}; nothing that was learned from is checked on
     latency    [{runtime, batch, threads, before_ms, after_ms, speedup}], medians, measured side by side in one run
     files      {role: path}, relative to the report
     timings    {stage: seconds}
@@ -81,6 +85,7 @@ class Report:
     flops: dict[str, Any] = field(default_factory=dict)
     tokens: dict[str, Any] = field(default_factory=dict)
     parity: list[dict[str, Any]] = field(default_factory=list)
+    data: dict[str, Any] = field(default_factory=dict)
     latency: list[dict[str, Any]] = field(default_factory=list)
     files: dict[str, str] = field(default_factory=dict)
     timings: dict[str, float] = field(default_factory=dict)
@@ -165,6 +170,8 @@ class Report:
         for verb, key in (("takes", "added_inputs"), ("returns", "added_outputs")):
             added = [f"{s['name']} {s['dtype']}[{', '.join(map(str, s['shape']))}]" for s in self.model.get(key, ())]
             parts += [Text(f"also {verb} {', '.join(added)}")] if added else []
+        for use in ("fitted", "checked"):
+            parts += [Text(f"{use} on {_data_line(self.data[use])}")] if self.data.get(use) else []
         return Group(*parts, *(table for table in self._tables(folder) if table.row_count))
 
     def _tables(self, folder: str | os.PathLike[str]) -> Iterator[Any]:
@@ -285,6 +292,21 @@ def ratio(before: float | None, after: float | None) -> str:
 
 def plural(count: int, noun: str) -> str:
     return f"{count} {noun}" if count == 1 else f"{count} {noun}s"
+
+
+def _data_line(data: Mapping[str, Any]) -> str:
+    """Samples in a line: how many, where from, and how images were made into inputs."""
+    words = [f"{plural(data['samples'], 'sample')} of {data['source']}"]
+    words += [f"{data['classes']} classes"] if data["classes"] else []
+    if skipped := data["skipped"]:
+        more = ", ..." if len(skipped) > 3 else ""
+        words.append(f"{plural(len(skipped), 'file')} skipped ({', '.join(s['file'] for s in skipped[:3])}{more})")
+    if images := data["preprocessing"]:
+        for name, how in (("resize", f" {images['fit']} {images['interpolation']}"), ("crop", "")):
+            words += ["{} {}x{}{}".format(name, *images[name], how)] if images[name] else []
+        words += [f"{name} {'/'.join(f'{v:.4g}' for v in images[name])}" for name in ("mean", "std")]
+        words.append(f"by {images['source']}")
+    return ", ".join(words)
 
 
 def _merged(parity: list[dict[str, Any]]) -> list[dict[str, Any]]:

@@ -16,11 +16,11 @@ from torch import Tensor
 
 from tokenopt import __version__, recipes, runtimes
 from tokenopt.attention.recipe import AttentionRecipe
-from tokenopt.data import batches, load_arrays, match_inputs
+from tokenopt.data import Dataset, find_preprocessing, open_data
 from tokenopt.errors import LoweringError, TokenoptError, UsageError
 from tokenopt.inspection import inspect
 from tokenopt.loading import load_program
-from tokenopt.optimization import Result, optimize
+from tokenopt.optimization import Result, learns, optimize
 from tokenopt.passes.reduce_tokens import ReduceTokens
 from tokenopt.passes.sparsify_attention import SparsifyAttention
 from tokenopt.pipeline import parse_passes
@@ -39,6 +39,7 @@ RECIPE_NAME = "tome"
 PROGRAM, RECIPE, REPORT = "model.pt2", "recipe.resolved.yaml", "report.json"
 SCORER = "scorer.safetensors"
 CHECKED = 32  # samples of the user's data that an optimisation or export is checked on; verify takes all
+HELD_OUT = 0.2  # the share of the data that is not learned from
 _SECONDS, _ROUNDS = 5.0, (5, 40)  # that one measurement may take, and the rounds it has at least and at most
 
 
@@ -80,6 +81,12 @@ class Source:
             allow_missing=self.allow_missing,
         )
 
+    def images(self, program: Program | None) -> Any:
+        """What may say how the model's images are made: the directory of its configuration, or its module, or None."""
+        if self.arch is not None and self.arch.startswith("hf:"):
+            return self.arch
+        return None if program is None else program.source
+
 
 @dataclass(frozen=True)
 class Build:
@@ -115,6 +122,57 @@ class Build:
         return runtimes.get(target.runtime).build(program, path, data=data, **options)
 
 
+@dataclass(frozen=True)
+class Data:
+    """The user's data, and how it is to be read; see `open_data`.
+
+    Args:
+        path: a folder, a file, or "random".
+        evaluation: the same, for all that is reported, where ``path`` is what is fitted on.
+        mean, std, resize, crop, fit: of images, instead of what the model says; see `Preprocessing`.
+    """
+
+    path: str | None = None
+    evaluation: str | None = None
+    mean: tuple[float, ...] | None = None
+    std: tuple[float, ...] | None = None
+    resize: tuple[int, int] | None = None
+    crop: tuple[int, int] | None = None
+    fit: str | None = None
+    samples: int | None = None
+    seed: int = 0
+    skip_bad: bool = False
+
+    def open(self, inputs: Sequence[InputSpec], model: Any) -> Dataset | None:
+        """The samples of ``path``, or None. The model is what images are made for, see `Preprocessing`."""
+        return None if self.path is None else self._open(self.path, inputs, model, self.samples)
+
+    def divide(self, inputs: Sequence[InputSpec], model: Any, learns: bool) -> tuple[Dataset | None, Dataset | None]:
+        """What is learned from, and what is checked on: never the same samples.
+
+        That is ``evaluation`` if it is given, else a share of ``path``; all of it where nothing is learned.
+        """
+        if self.evaluation is not None and self.path is None:
+            raise UsageError("there is nothing to fit on", hint="--data is fitted on, --eval-data is checked on")
+        opened = self.open(inputs, model)
+        if self.evaluation is not None and opened is not None:
+            first, second = Path(str(self.path)), Path(self.evaluation)
+            if first.exists() and second.exists() and first.samefile(second):
+                hint = "leave out --eval-data, and a share of the data is held out"
+                raise UsageError("what is fitted on would be checked on", where=self.evaluation, hint=hint)
+            return (opened if learns else None), self._open(self.evaluation, inputs, model, None)
+        if learns and opened is not None:
+            return opened.split(HELD_OUT, self.seed)
+        return None, opened
+
+    def _open(self, path: str, inputs: Sequence[InputSpec], model: Any, samples: int | None) -> Dataset:
+        given = {name: getattr(self, name) for name in ("mean", "std", "resize", "crop", "fit")}
+        preprocessing = find_preprocessing(path, model, inputs, **given)
+        return open_data(
+            path, inputs, preprocessing=preprocessing, samples=samples, seed=self.seed, skip_bad=self.skip_bad
+        )
+
+
 @dataclass
 class Outcome:
     """What a run did, and whether there was anything to do."""
@@ -146,7 +204,7 @@ def optimize_model(
     passes: str | None,
     min_speedup: float,
     short_outputs: bool,
-    data: Path | None,
+    data: Data,
     batch_sizes: Sequence[int],
     threads: int | None,
     progress: Progress,
@@ -160,14 +218,15 @@ def optimize_model(
         Budget.parse(budget)
     if passes is None and recipe is not None and (passes := _resolved_passes(recipe)) is not None:
         recipe = None
-    _check_method(recipe, schedule, settings, passes, short_outputs)
+    learned_from = _check_method(recipe, schedule, settings, passes, short_outputs)
     _protect(path, out, [PROGRAM, *(f"model{target.suffix}" for target in build.distinct)])
     clock = _Clock(progress)
     threads = threads or torch.get_num_threads()
     with staged(out) as staging:
         with clock("load"):
             program = source.load(path)
-            given = _given(data, program.inputs, CHECKED)
+            fitted, checked = data.divide(program.inputs, source.images(program), learned_from)
+            given = _first(checked)
         scorer = staging.path / SCORER
         result = optimize(
             program,
@@ -179,7 +238,7 @@ def optimize_model(
             min_speedup=min_speedup,
             short_outputs=short_outputs,
             given=given[0] if given else None,
-            data=_given(data, program.inputs, None),
+            data=fitted,
             weights=scorer,
             progress=progress,
         )
@@ -190,6 +249,9 @@ def optimize_model(
                 shutil.copyfile(learned, scorer)
             report.recipe = _moved(report.recipe, str(learned), str(out / SCORER))
         report.model["name"] = path.name
+        if checked is not None:
+            rows = {"fitted": fitted, "checked": checked}
+            report.data = {"seed": data.seed, **{k: None if v is None else v.describe() for k, v in rows.items()}}
         if not result.changed:
             if not (out / PROGRAM).exists():
                 report.files = {"report": REPORT}
@@ -197,7 +259,7 @@ def optimize_model(
                 staging.commit()
             return Outcome(report, changed=False)
 
-        given = _completed(given, data, result)
+        given = _completed(given, checked, result)
         report.files = {"program": PROGRAM, "recipe": RECIPE, "report": REPORT}
         report.files |= {"scorer": SCORER} if scorer.exists() else {}
         with clock("save"):
@@ -224,7 +286,7 @@ def optimize_model(
 
 
 def export_model(
-    path: Path, out: Path, *, source: Source, build: Build, data: Path | None, progress: Progress
+    path: Path, out: Path, *, source: Source, build: Build, data: Data, progress: Progress
 ) -> dict[str, Any]:
     """Builds and checks what was asked for from one model; the files take the model's name.
 
@@ -240,7 +302,7 @@ def export_model(
     with staged(out) as staging:
         with clock("load"):
             program = source.load(path)
-            given = _given(data, program.inputs, CHECKED)
+            given = _first(data.open(program.inputs, source.images(program)))
         for target, file in files.items():
             with clock(f"build {target.runtime}"):
                 engine = build.engine(target, program, staging.path / file, given)
@@ -251,7 +313,7 @@ def export_model(
 
 
 def verify_models(
-    a: Path, b: Path, *, source: Source, data: Path | None, tolerance: float | None, progress: Progress
+    a: Path, b: Path, *, source: Source, data: Data, tolerance: float | None, progress: Progress
 ) -> list[dict[str, Any]]:
     """Compares two models on random inputs, and on all of the data; the first is the reference.
 
@@ -259,8 +321,9 @@ def verify_models(
         Rows as in a report's ``parity``, failed ones too.
     """
     reference, other = (open_model(path, source, None, progress) for path in (a, b))
-    given = _given(data, reference.inputs, None)
+    opened = data.open(reference.inputs, source.images(getattr(reference, "program", None)))
     progress("compare", 0, 0)
+    given = () if opened is None else (batch.inputs for batch in opened.batches(CHECKED))
     return [check.to_dict() for check in verify(reference, other, given, tolerance)]
 
 
@@ -351,22 +414,26 @@ class _Clock:
 
 def _check_method(
     recipe: str | None, schedule: str | None, settings: Mapping[str, Any], passes: str | None, short_outputs: bool
-) -> None:
-    """Raises: UsageError for what `optimize` would refuse or ignore, before a large model is loaded for nothing."""
+) -> bool:
+    """Whether the method learns from data.
+
+    Raises:
+        UsageError: for what `optimize` would refuse or ignore, before a large model is loaded for nothing.
+    """
     if passes is None:
         found = recipes.get(recipe or RECIPE_NAME)
         if isinstance(found, AttentionRecipe):
             found.with_settings(settings)
-        else:
-            ReduceTokens(found, schedule, settings).resolved()
-        return
-    parse_passes(passes)
+            return False
+        return learns(ReduceTokens(found, schedule, settings))
+    steps = parse_passes(passes)
     if recipe or schedule or settings or short_outputs:
         raise UsageError(
             "a list of passes says all there is to do",
             why="recipe, schedule, settings and short outputs are options of a pass then",
             hint='--passes "raise-attention,reduce-tokens{recipe=tome,schedule=r=8,short-outputs=true}"',
         )
+    return any(learns(step) for step in steps)
 
 
 def _protect(path: Path, out: Path, files: Iterable[str]) -> None:
@@ -387,19 +454,16 @@ def _earlier_files(out: Path) -> list[str]:
     return sorted(ours.intersection(files))
 
 
-def _given(data: Path | None, inputs: Sequence[InputSpec], rows: int | None) -> list[list[Tensor]]:
-    """The user's inputs as batches: the first ``rows`` of them in one, or all, some at a time."""
-    if data is None:
-        return []
-    found = batches(match_inputs(load_arrays(data), inputs), inputs, rows or CHECKED)
-    return list(found) if rows is None else [next(found)]
+def _first(data: Dataset | None) -> list[list[Tensor]]:
+    """The first samples of the data as one batch, or none."""
+    return [] if data is None else [next(data.batches(CHECKED)).inputs]
 
 
-def _completed(given: list[list[Tensor]], data: Path | None, result: Result) -> list[list[Tensor]]:
+def _completed(given: list[list[Tensor]], data: Dataset | None, result: Result) -> list[list[Tensor]]:
     """The user's inputs for the rewritten program: what it takes besides is in the data too, or as in its example."""
-    added = result.program.inputs[len(result.dense.inputs) :]
-    if data is not None and added and {spec.name for spec in added} <= load_arrays(data).keys():
-        return _given(data, result.program.inputs, CHECKED)
+    added = len(result.program.inputs) > len(result.dense.inputs)
+    if data is not None and added and (completed := data.for_inputs(result.program.inputs)) is not None:
+        return _first(completed)
     return [result.program.complete(batch) for batch in given]
 
 

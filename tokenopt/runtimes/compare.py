@@ -6,6 +6,7 @@ import math
 import os
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict, dataclass, field
+from itertools import chain
 from typing import Any
 
 import torch
@@ -195,7 +196,7 @@ def default_tolerance(dtypes: Iterable[str]) -> float:
 
 
 def prove(
-    program: Program, engine: Engine, tolerance: float | None = None, data: Sequence[Sequence[Tensor]] = ()
+    program: Program, engine: Engine, tolerance: float | None = None, data: Iterable[Sequence[Tensor]] = ()
 ) -> list[Check]:
     """Checks a built engine against its program: fresh random inputs, the example and given ones, two batch sizes.
 
@@ -207,7 +208,7 @@ def prove(
         weights = [v.dtype for v in program.exported.state_dict.values() if isinstance(v, Tensor)]
         specs = [spec.dtype for spec in (*program.inputs, *program.outputs)]
         tolerance = default_tolerance([*specs, *(str(d).removeprefix("torch.") for d in set(weights))])
-    given = [("example", reference.example), *(("data", batch) for batch in data)]
+    given = chain([("example", reference.example)], (("data", batch) for batch in data))
     checks = _checks(reference, engine, reference.random_inputs, given, tolerance)
     require(checks, str(engine.path))
     return checks
@@ -216,13 +217,13 @@ def prove(
 def verify(
     a: str | os.PathLike[str] | Engine,
     b: str | os.PathLike[str] | Engine,
-    data: Sequence[Sequence[Tensor]] = (),
+    data: Iterable[Sequence[Tensor]] = (),
     tolerance: float | None = None,
 ) -> list[Check]:
     """Compares any two models: files (.pt2, .onnx, .engine) or engines. The first is the reference.
 
     Args:
-        data: batches of input tensors, compared besides fresh random ones.
+        data: batches of input tensors, compared besides fresh random ones, one at a time.
         tolerance: see `default_tolerance`.
 
     Raises:
@@ -237,7 +238,7 @@ def verify(
         specs = (*reference.inputs, *reference.outputs, *engine.outputs)
         tolerance = default_tolerance(spec.dtype for spec in specs)
     source = next((e for e in (reference, engine) if isinstance(e, EagerEngine)), reference)
-    given = [("data", batch) for batch in data]
+    given = (("data", batch) for batch in data)
     return _checks(reference, engine, source.random_inputs, given, tolerance)
 
 
@@ -271,7 +272,7 @@ def _checks(
     reference: Engine,
     engine: Engine,
     random_inputs: Callable[[int, int], list[Tensor]],
-    given: Sequence[tuple[str, Sequence[Tensor]]],
+    given: Iterable[tuple[str, Sequence[Tensor]]],
     tolerance: float,
 ) -> list[Check]:
     sizes = [s for s in reference.batch_sizes(*engine.batch_sizes(*BATCHES)) if s in engine.batch_sizes(s)]
