@@ -106,4 +106,4 @@ def _tokens(dense: Program, reduced: Program, edits: list[Edit], outputs: bool) 
 
 
 SHARES: dict[str, Callable[[Program, Program, list[Edit], bool], float]] = {"flops": _flops, "tokens": _tokens}
-"""(dense program, reduced program, its edits, whether the recipe shortens outputs) -> share of the cost that is left."""
+"""(dense program, reduced program, its edits, whether the recipe shortens outputs) -> the share that is left."""

@@ -69,6 +69,17 @@ class Report:
                preprocessing ({mean, std, resize, crop, fit, interpolation, scale, source} of images), synthetic,
                skipped: [{file, why}]}; nothing that was learned from is checked on
     latency    [{runtime, batch, threads, before_ms, after_ms, speedup}], medians, measured side by side in one run
+    calibration  {} without one; else what a schedule was fitted to, each key there if it is known:
+               budget: "flops=60%"; metric: of deviation; data: {samples, batch, ...}, what it was fitted on
+               held_out: {samples, deviation, deviation_ci, accuracy, accuracy_dense, accuracy_ci}, on data that it was
+               not fitted on; an interval is [low, high] at 95 %, accuracies are shares
+               schedule: [{site, tokens_before, tokens_after}], or a mapping as ``schedule``
+               sensitivity: [{site or layer, ratio, deviation}]: each layer reduced alone, to that share of its tokens
+               front: [{name, kind, cost, deviation, chosen}], kind: calibrated, baseline, random or fixed; cost: share
+               of the dense model's, in the budget's unit
+               gate: [{site, kept, why, speedup}]: whether a reduction stays, by what it was measured to gain
+               reverted: [{site, why}]; trials: [{number, cost, deviation}]
+               command: what repeats it
     files      {role: path}, relative to the report
     timings    {stage: seconds}
     versions   {package: version}
@@ -87,6 +98,7 @@ class Report:
     parity: list[dict[str, Any]] = field(default_factory=list)
     data: dict[str, Any] = field(default_factory=dict)
     latency: list[dict[str, Any]] = field(default_factory=list)
+    calibration: dict[str, Any] = field(default_factory=dict)
     files: dict[str, str] = field(default_factory=dict)
     timings: dict[str, float] = field(default_factory=dict)
     versions: dict[str, str] = field(default_factory=installed_versions)

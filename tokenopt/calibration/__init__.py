@@ -1,6 +1,10 @@
 """Calibration: the schedule that keeps most of a model's behaviour within a budget, fitted to data."""
 
-from tokenopt.calibration.fit import Calibration, Calibrator, Search, calibrate, fit
-from tokenopt.calibration.problem import Evaluation, Problem, cache_folder
+from tokenopt.calibration.fit import Calibration, Calibrator, Search, calibrate, candidates, fit
+from tokenopt.calibration.price import Target, gate
+from tokenopt.calibration.problem import LAYERWISE, Evaluation, Problem, cache_folder, places
 
-__all__ = ["Calibration", "Calibrator", "Evaluation", "Problem", "Search", "cache_folder", "calibrate", "fit"]
+__all__ = [
+    "LAYERWISE", "Calibration", "Calibrator", "Evaluation", "Problem", "Search", "Target", "cache_folder", "calibrate",
+    "candidates", "fit", "gate", "places",
+]  # fmt: skip

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import signal
+import threading
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass, field, replace
 from math import exp
 from pathlib import Path
@@ -14,9 +17,10 @@ import numpy as np
 from tokenopt import recipes
 from tokenopt.budget import within
 from tokenopt.calibration.price import Price, Target, gate
-from tokenopt.calibration.problem import LAYERWISE, Batch, Evaluation, Problem, alone, schedule_of
+from tokenopt.calibration.problem import LAYERWISE, Batches, Evaluation, Problem, alone, schedule_of
 from tokenopt.calibration.solve import RATIOS, Table, scaled, solve
 from tokenopt.errors import BudgetError, UsageError
+from tokenopt.fitting import needs_data
 from tokenopt.passes.flatten_grids import FlattenGrids
 from tokenopt.passes.fold_constants import FoldConstants
 from tokenopt.passes.raise_attention import RaiseAttention
@@ -50,35 +54,62 @@ class Calibrator(Protocol):
 
 @dataclass(frozen=True)
 class Search:
-    """Dynamic programming on the table of layers, refined by a search over the layers' weights (TPE of optuna).
+    """Dynamic programming on the table of layers, refined by a search (TPE of optuna).
 
-    Every trial meets the budget: what is searched is how much each layer's error counts.
+    Every trial meets the budget. What is searched is how much each layer's error counts, and how far to go from the
+    solution towards the best fixed schedule, which the table may not see the merits of.
     """
 
     trials: int = TRIALS
 
     def schedules(self, problem: Problem, budget: float, seed: int) -> Iterator[Schedule]:
-        """The solution of the table first, then trials; weights that lead to a known schedule are no trial."""
+        """The solution of the table first, then trials; what leads to a known schedule is no trial."""
         import optuna
 
         table = problem.table()
         first = met(problem, table, budget, lambda target: solve(table, target))
         yield first
+        deviation = lambda schedule: problem.evaluate(schedule).deviation  # noqa: E731
+        usual = min(fixed_schedules(problem, table, budget).values(), key=deviation, default=first)
         optuna.logging.set_verbosity(optuna.logging.ERROR)
         sampler = optuna.samplers.TPESampler(seed=seed, n_startup_trials=max(self.trials // 3, 1))
         study = optuna.create_study(sampler=sampler)
-        known = {str(first): problem.risk(first)}
-        study.enqueue_trial({f"layer{n}": 0.0 for n in table.layers})  # the first
+        known = {str(first): deviation(first), str(usual): deviation(usual)}
+        for towards in (0.0, 0.5):
+            study.enqueue_trial({f"layer{n}": 0.0 for n in table.layers} | {"towards": towards})
         for _ in range(3 * self.trials):
             if len(known) > self.trials:
                 break
             trial = study.ask()
             weights = {n: exp(trial.suggest_float(f"layer{n}", -_SPREAD, _SPREAD)) for n in table.layers}
-            schedule = met(problem, table, budget, lambda target, w=weights: solve(table, target, w))
+            towards = trial.suggest_float("towards", 0.0, 1.0)
+            solved = met(problem, table, budget, lambda target, w=weights: solve(table, target, w))
+            schedule = met(problem, table, budget, _between(problem, table, solved, usual, towards))
             if str(schedule) not in known:
                 yield schedule
-                known[str(schedule)] = problem.risk(schedule)
+                known[str(schedule)] = deviation(schedule)
             study.tell(trial, known[str(schedule)])
+
+
+def _between(
+    problem: Problem, table: Table, a: Schedule, b: Schedule, towards: float
+) -> Callable[[float], list[int] | None]:
+    """Schedules of counts between two, scaled to a target."""
+    depth = max(problem.depth, len(a.r), len(b.r))
+    counts = [[s.r[i] if i < len(s.r) else 0 for i in range(depth)] for s in (a, b)]
+    mixed = Schedule(r=[round((1 - towards) * x + towards * y) for x, y in zip(*counts, strict=True)])
+    return lambda target: scaled(table, mixed, depth, target)
+
+
+def fixed_schedules(problem: Problem, table: Table, budget: float) -> dict[str, Schedule]:
+    """Usual shapes and the recipe's own, scaled to the budget; those that can meet it."""
+    found = {}
+    for name, shape in (FIXED | {"default": problem.recipe.schedule or FIXED["constant"]}).items():
+        shape = Schedule.parse(shape)
+        if not shape.is_identity:
+            with suppress(BudgetError):
+                found[name] = met(problem, table, budget, lambda t, s=shape: scaled(table, s, problem.depth, t))
+    return found
 
 
 def met(
@@ -186,10 +217,10 @@ Progress = Callable[[str, int, int], None]
 def fit(
     program: Program,
     recipe: Any,
-    data: Iterable[Batch],
+    data: Any,
     *,
     budget: str | Budget,
-    held_out: Iterable[Batch] | None = None,
+    held_out: Any = None,
     metric: str | None = None,
     calibrator: Calibrator | None = None,
     target: Target | None = None,
@@ -207,7 +238,7 @@ def fit(
         program: as captured, or in canonical form.
         recipe: a name, a file or a recipe that reduces tokens; several names with commas between them, a list, or
             "auto" for `AUTO`: the one that keeps most is chosen, those that cannot are left out.
-        data: batches of (inputs as flat tensors, labels or None), gone through several times.
+        data: anything that `open_data` takes, with or without labels; read several times, a batch at a time.
         budget: "flops=60%", "tokens=60%", "latency=0.6x", "latency=4ms" or "drop=0.5%".
         held_out: data that are not fitted on, for the numbers of a report.
         metric: kl, cosine, last-token, relative, or package.module:function; what suits the outputs by default.
@@ -223,16 +254,24 @@ def fit(
         UsageError: for a recipe without a schedule of layers, or data that do not fit.
     """
     budget = Budget.parse(budget)
-    names = _recipes(recipe)
+    names = candidates(recipe)
+    for one in names:
+        if not isinstance(one, TokenRecipe):
+            raise UsageError(f"recipe {one} has no schedule to calibrate", why="it gives attention a pattern")
+        if needs_data(one):
+            why = "a part of it is learned from data, for a schedule that is known"
+            raise UsageError(f"recipe {one.name} has no schedule to calibrate", why=why)
     canonical = Pipeline([FoldConstants(), RaiseAttention(), FlattenGrids()]).run(program).program
     if budget.metric == "latency" and target is None:
         target = Target()
+    batches = Batches.of(data, program)
+    others = None if held_out is None else Batches.of(held_out, program)
     found: list[Calibration] = []
     refused: list[BudgetError | UsageError] = []
     for one in names:
-        problem = Problem(canonical, one, data, metric, cache, progress)
+        problem = Problem(canonical, one, batches, metric, cache, progress)
         try:
-            found.append(_Fit(problem, budget, calibrator or Search(), target, seed, keep_best).run(held_out))
+            found.append(_Fit(problem, budget, calibrator or Search(), target, seed, keep_best).run(others))
         except (BudgetError, UsageError) as error:
             refused.append(error)
         finally:
@@ -246,14 +285,11 @@ def fit(
     return best
 
 
-def _recipes(recipe: Any) -> list[TokenRecipe]:
-    if isinstance(recipe, str) and not recipe.endswith((".yaml", ".yml")):
+def candidates(recipe: Any) -> list[Any]:
+    """The recipes that a text names: one, some with commas between them, or "auto"; or a list of recipes."""
+    if isinstance(recipe, str) and not Path(recipe).suffix:
         recipe = AUTO if recipe == "auto" else [name.strip() for name in recipe.split(",")]
-    found = [recipes.get(one) for one in (recipe if isinstance(recipe, (list, tuple)) else [recipe])]
-    for one in found:
-        if not isinstance(one, TokenRecipe):
-            raise UsageError(f"recipe {one} has no schedule to calibrate", why="it gives attention a pattern")
-    return found
+    return [recipes.get(one) for one in (recipe if isinstance(recipe, (list, tuple)) else [recipe])]
 
 
 @dataclass
@@ -271,7 +307,7 @@ class _Fit:
     fixed: dict[str, str] = field(default_factory=dict)
     interrupted: bool = False
 
-    def run(self, held_out: Iterable[Batch] | None) -> Calibration:
+    def run(self, held_out: Batches | None) -> Calibration:
         start, problem, budget = time.perf_counter(), self.problem, self.budget
         layerwise = problem.recipe.place.name in LAYERWISE
         if not layerwise and budget.metric not in ("flops", "tokens"):
@@ -307,47 +343,46 @@ class _Fit:
 
     def _search(self, share: float) -> Schedule:
         """The best schedule at a share of the dense model's cost: of the trials, or a fixed one."""
-        problem, table = self.problem, self.problem.table()
+        table = self.problem.table()
         self.found, self.trials, self.fixed = {}, [], {}
-        total = getattr(self.calibrator, "trials", 0) + 1
         try:
-            for name, shape in (FIXED | {"default": problem.recipe.schedule or FIXED["constant"]}).items():
-                shape = Schedule.parse(shape)
-                if shape.is_identity:
-                    continue
-                try:
-                    schedule = met(problem, table, share, lambda t, s=shape: scaled(table, s, problem.depth, t))
-                except BudgetError:
-                    continue
-                self.fixed[name] = str(schedule)
-                self._tried(schedule, "fixed schedules", len(self.fixed), len(FIXED) + 1)
-            for schedule in self.calibrator.schedules(problem, share, self.seed):
-                self.trials.append(str(schedule))
-                self._tried(schedule, "search", len(self.trials), total)
+            with _ctrl_c():
+                self._try_all(share, table)
         except KeyboardInterrupt:
             if not self.found:
                 raise
             self.interrupted = True
         return self._best()
 
+    def _try_all(self, share: float, table: Table) -> None:
+        """Fixed schedules, and those of the calibrator."""
+        for name, schedule in fixed_schedules(self.problem, table, share).items():
+            self.fixed[name] = str(schedule)
+            self._tried(schedule, "fixed schedules", len(self.fixed), len(FIXED) + 1)
+        for schedule in self.calibrator.schedules(self.problem, share, self.seed):
+            self.trials.append(str(schedule))
+            self._tried(schedule, "search", len(self.trials), getattr(self.calibrator, "trials", 0) + 1)
+
     def _tried(self, schedule: Schedule, stage: str, done: int, total: int) -> None:
-        self.problem.risk(schedule)
+        self.problem.evaluate(schedule)
+        self.problem.save()
         self.found[str(schedule)] = schedule
         best = min(self.problem.evaluate(s).deviation for s in self.found.values())
         self.problem.progress(f"{stage}, {self.problem.recipe.name}, best {best:.3g}", done, total)
 
     def _best(self) -> Schedule:
-        """The trial of least risk, if it is better than the best fixed schedule by a standard error; else that one.
+        """The best trial, if it is better than the best fixed schedule by a standard error; else that one.
 
-        The best of many trials looks better on the data it was chosen on than it is: few samples cannot tell them
-        apart, and a fixed schedule was not chosen from as many.
+        The best of many trials looks better on the data it was chosen on than it is, and the mean deviation is made by
+        the few samples that are about to change their class. So the two are compared sample by sample, in the roots of
+        the deviations, which single samples do not decide.
         """
         if not self.found:
             raise BudgetError(f"recipe {self.problem.recipe.name} cannot meet the budget {self.budget}")
-        risk = {key: self.problem.risk(schedule) for key, schedule in self.found.items()}
-        least = lambda keys: min(keys, key=lambda key: (risk[key], key))  # noqa: E731
+        known = {key: self.problem.evaluate(schedule).deviation for key, schedule in self.found.items()}
+        least = lambda keys: min(keys, key=lambda key: (known[key], key))  # noqa: E731
         if not self.trials or not self.fixed:
-            return self.found[least(risk)]
+            return self.found[least(known)]
         best, usual = least(self.trials), least(self.fixed.values())
         roots = [np.sqrt(np.clip(self.problem.deviations(self.found[key]), 0, None)) for key in (best, usual)]
         gain = roots[1] - roots[0]
@@ -468,7 +503,7 @@ class _Fit:
         except UsageError:  # it has no such place
             return None
 
-    def _held_out(self, result: Calibration, blind: Problem | None, data: Iterable[Batch]) -> dict[str, Any]:
+    def _held_out(self, result: Calibration, blind: Problem | None, data: Batches) -> dict[str, Any]:
         problem = self.problem
         found = problem.evaluate(result.schedule, data)
         others = {name: asdict(problem.evaluate(self.found[key], data)) for name, key in self.fixed.items()}
@@ -483,6 +518,20 @@ class _Fit:
             "accuracy_ci": None if found.accuracy is None else _wilson(found.accuracy, found.samples),
             "fixed": others,
         }
+
+
+@contextmanager
+def _ctrl_c() -> Iterator[None]:
+    """Ctrl-C raises a KeyboardInterrupt, whatever else it does elsewhere."""
+    before = signal.getsignal(signal.SIGINT)
+    ours = threading.current_thread() is threading.main_thread() and before is not signal.SIG_IGN
+    if ours:
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+    try:
+        yield
+    finally:
+        if ours:
+            signal.signal(signal.SIGINT, before)
 
 
 def _interval(mean: float, error: float) -> list[float]:
@@ -510,7 +559,7 @@ def _sensitivity(problem: Problem) -> list[dict[str, Any]]:
 
 
 def calibrate(
-    program: Program, recipe: Any, data: Iterable[Batch], *, budget: str | Budget, **options: Any
+    program: Program, recipe: Any, data: Any, *, budget: str | Budget, **options: Any
 ) -> Schedule:
     """The schedule of `fit`; see there for what it takes."""
     return fit(program, recipe, data, budget=budget, **options).schedule

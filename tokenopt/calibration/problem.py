@@ -5,8 +5,8 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass, field, replace
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass, field
 from math import ceil
 from pathlib import Path
 from typing import Any
@@ -19,6 +19,7 @@ from tokenopt.budget import SHARES
 from tokenopt.calibration import metrics
 from tokenopt.calibration.price import Price
 from tokenopt.calibration.solve import RATIOS, Table
+from tokenopt.data import Dataset, find_preprocessing, open_data
 from tokenopt.errors import UsageError
 from tokenopt.passes.reduce_tokens import Planner, ReduceTokens
 from tokenopt.passes.remove_dead import RemoveDead
@@ -28,10 +29,27 @@ from tokenopt.schedule import Schedule
 from tokenopt.tokens.plan import Stream
 from tokenopt.tokens.recipe import TokenRecipe
 
+_BATCH = 32
 Batch = tuple[Sequence[Tensor], Tensor | None]  # inputs as flat tensors, and labels where they are known
 LAYERWISE = ("mid", "block", "attention")  # places where every layer has a number of its own
 _KEPT_OUTPUTS = 2**28  # bytes of the dense model's outputs that are kept; beyond, they are computed again
 _PASSES = 10.0  # forward passes over the data that the table of all layers may take
+
+
+@dataclass(frozen=True)
+class Batches:
+    """The samples of a dataset, some at a time, as often as they are gone through."""
+
+    data: Dataset
+
+    def __iter__(self) -> Iterator[Batch]:
+        return ((batch.inputs, batch.labels) for batch in self.data.batches(_BATCH))
+
+    @staticmethod
+    def of(data: Any, program: Program) -> Batches:
+        """Anything that `open_data` takes."""
+        preprocessing = find_preprocessing(data, program.source, program.inputs)
+        return Batches(open_data(data, program.inputs, preprocessing=preprocessing))
 
 
 @dataclass(frozen=True)
@@ -123,8 +141,7 @@ class Problem:
     def places(self) -> dict[int, tuple[str, int]]:
         """Layers where the recipe can reduce: the attention's name, and the tokens that can be reduced there."""
         if self._places is None:
-            looker = _Looker(self.recipe, Schedule(r=1))
-            self._step(looker.schedule).apply(self.program.clone(), looker)
+            looker = _look_at(self.program, self.recipe)
             self._places, self.depth = looker.seen, looker.depth
         return self._places
 
@@ -167,14 +184,6 @@ class Problem:
         accuracy = float(hits.mean()) if len(hits) else None
         cost = self.cost(schedule)
         return Evaluation(str(schedule), cost, float(deviations.mean()), spread, accuracy, len(deviations))
-
-    def risk(self, schedule: Schedule, share: float = 1.0) -> float:
-        """What is minimised: a mean over the data to fit on that single samples do not decide; see `robust_mean`.
-
-        Args:
-            share: of the batches, where not all are needed.
-        """
-        return robust_mean(np.array(self._values(schedule, share=share)[0]))
 
     def deviations(self, schedule: Schedule) -> np.ndarray:
         """Of every sample."""
@@ -243,10 +252,11 @@ class Problem:
             for j, ratio in enumerate(RATIOS):
                 self.progress("measure layers", i * len(RATIOS) + j, len(layers) * len(RATIOS))
                 schedule = alone(layer, round((1 - ratio) * places[layer]))
-                error[i, j], saved[i, j] = self.risk(schedule, share=share), 1 - self.cost_of(schedule, counted)
+                error[i, j] = np.mean(self._values(schedule, share=share)[0])
+                saved[i, j] = 1 - self.cost_of(schedule, counted)
         self.save()
         # where one layer can remove no more, as a merge can no more than half, there is no more to measure
-        grows = (np.diff(saved, axis=1, prepend=0) > 1e-9).all(0)
+        grows = (np.diff(saved, axis=1, prepend=0) > 1e-9).any(0)
         valid = int(grows.argmin()) if not grows.all() else len(RATIOS)
         if not valid:
             raise UsageError(f"recipe {self.recipe.name} saves nothing where it removes tokens")
@@ -288,15 +298,6 @@ class Problem:
             partial.write_text(json.dumps(self._known))
 
 
-def robust_mean(deviations: np.ndarray) -> float:
-    """The square of the mean root.
-
-    Deviations such as a divergence are squares of how far outputs move. A few samples that are about to change their
-    class make up most of their mean, and which schedule is best for those few says little about other samples.
-    """
-    return float(np.sqrt(np.clip(deviations, 0.0, None)).mean() ** 2)
-
-
 def alone(layer: int, removed: int) -> Schedule:
     """A schedule that removes tokens at one layer."""
     return Schedule(r=[0] * layer + [removed])
@@ -327,6 +328,12 @@ class _Looker(Planner):
         self.seen[stream.layer] = stream.region.site.id, stream.count
 
 
-def with_schedule(recipe: TokenRecipe, schedule: Schedule) -> TokenRecipe:
-    """The recipe with a schedule of its own."""
-    return replace(recipe, schedule=schedule.to_dict())
+def places(program: Program, recipe: TokenRecipe) -> dict[int, tuple[str, int]]:
+    """Layers where a recipe can reduce a program in canonical form: the attention's name, and the tokens there."""
+    return _look_at(program, recipe).seen
+
+
+def _look_at(program: Program, recipe: TokenRecipe) -> _Looker:
+    looker = _Looker(recipe, Schedule(r=1))
+    ReduceTokens(recipe, looker.schedule).apply(program.clone(), looker)
+    return looker

@@ -50,16 +50,16 @@ class Table:
         return np.polyval(fit, shares)
 
     def errors(self, layer: int, shares: np.ndarray) -> np.ndarray:
-        """Deviation where a layer alone keeps these shares; it never falls where more is removed."""
-        known = np.maximum.accumulate([0.0, *self.error[layer]])
-        return np.interp(1 - shares, 1 - np.array([1.0, *RATIOS][: len(known)]), known) + _beyond(shares, known)
+        """Deviation where a layer alone keeps these shares; it never falls where more is removed.
 
-
-def _beyond(shares: np.ndarray, known: np.ndarray) -> np.ndarray:
-    """Where fewer tokens are left than was measured, the error goes on rising as it did last."""
-    last = RATIOS[: len(known) - 1][-1]
-    slope = (known[-1] - known[-2]) / 0.25
-    return np.clip(last - shares, 0, None) * 2 * slope
+        Deviations grow as the square of what is changed: between what was measured, and beyond it, their roots are
+        taken to be linear.
+        """
+        roots = np.sqrt(np.maximum.accumulate([0.0, *self.error[layer]]))
+        removed = 1 - np.array([1.0, *RATIOS][: len(roots)])
+        slope = (roots[-1] - roots[-2]) / (removed[-1] - removed[-2])
+        beyond = np.clip(1 - shares - removed[-1], 0, None) * slope
+        return (np.interp(1 - shares, removed, roots) + beyond) ** 2
 
 
 def solve(table: Table, budget: float, weights: Mapping[int, float] | None = None) -> list[int] | None:
