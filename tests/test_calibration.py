@@ -51,7 +51,7 @@ def folder() -> Path:
 
 
 def fit(recipe: str, data: Any, *, budget: str, **options: Any) -> calibration.Calibration:
-    return calibration.fit(recipe, data, budget=budget, **{"calibrator": FEW, "cache": folder(), **options})
+    return calibration.fit(program(), recipe, data, budget=budget, **{"calibrator": FEW, "cache": folder(), **options})
 
 
 @cache
@@ -75,8 +75,7 @@ def fitted(budget: str = "flops=80%", recipe: str = "tome") -> calibration.Calib
 @st.composite
 def tables(draw: Any) -> Table:
     layers, tokens = draw(st.integers(1, 3)), draw(st.integers(4, 8))
-    number = st.floats(0, 1, width=16)
-    error = np.array([[draw(number) for _ in RATIOS] for _ in range(layers)])
+    error = np.outer([draw(st.floats(0.01, 1)) for _ in range(layers)], 1 - np.array(RATIOS)) ** 2
     saved = np.array([[0.0, 0.25, 0.5, 0.75]] * layers) * np.array([[draw(st.floats(0.05, 1))] for _ in range(layers)])
     cost = np.vstack([np.full((1, 4), 2.0), -saved])
     overhead, chained = draw(st.sampled_from([0.0, 0.01])), draw(st.booleans())
@@ -93,7 +92,7 @@ def error_of(table: Table, removed: list[int]) -> float:
     return total
 
 
-@settings(deadline=None, max_examples=40)
+@settings(deadline=None, max_examples=40, derandomize=True)
 @given(tables(), st.floats(0, 1))
 def test_the_solver_is_near_brute_force_and_never_over_budget(table: Table, part: float) -> None:
     def legal(removed: tuple[int, ...]) -> bool:
@@ -112,7 +111,7 @@ def test_the_solver_is_near_brute_force_and_never_over_budget(table: Table, part
     assert error_of(table, found) <= min(within) + 0.5 * float(table.error.max()) + 1e-9
 
 
-@settings(deadline=None, max_examples=30)
+@settings(deadline=None, max_examples=20, derandomize=True)
 @given(tables())
 def test_more_budget_is_never_worse(table: Table) -> None:
     errors = []
@@ -123,6 +122,7 @@ def test_more_budget_is_never_worse(table: Table) -> None:
     assert errors[-1] == 0.0
 
 
+@settings(deadline=None, max_examples=30)
 @given(tables(), st.sampled_from(["r=1", "r=1:-1", "r=1:1", "keep=0.5@0.5"]), st.floats(0.3, 1))
 def test_scaled_shapes_meet_the_budget(table: Table, shape: str, part: float) -> None:
     found = scaled(table, Schedule.parse(shape), len(table.layers), part * table.dense)
@@ -246,7 +246,8 @@ def test_a_largest_loss_finds_the_least_cost() -> None:
 
 
 def test_calibrate_gives_the_schedule() -> None:
-    assert tokenopt.calibrate(program(), "tome", data(), budget="flops=80%", calibrator=FEW, cache=folder()) == fitted().schedule
+    found = tokenopt.calibrate(program(), "tome", data(), budget="flops=80%", calibrator=FEW, cache=folder())
+    assert found == fitted().schedule
 
 
 def test_what_cannot_be_fitted_is_refused() -> None:
@@ -337,7 +338,7 @@ def run(*arguments: object) -> int:
 @pytest.fixture
 def files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> tuple[Path, Path]:
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
-    monkeypatch.setattr("tokenopt.calibration.fit.Search", lambda: FEW)
+    monkeypatch.setattr("tokenopt.calibration.search.Search", lambda: FEW)
     np.savez(tmp_path / "data.npz", **{name: t.numpy() for name, t in data(10).items()})
     return Path(program().save(tmp_path / "model.pt2")), tmp_path / "data.npz"
 

@@ -1,8 +1,8 @@
 """Calibration: the schedule that keeps most of a model's behaviour within a budget, fitted to data."""
 
-from tokenopt.calibration.fit import Calibration, Calibrator, Search, calibrate, candidates, fit
 from tokenopt.calibration.price import Target, gate
 from tokenopt.calibration.problem import LAYERWISE, Evaluation, Problem, cache_folder, places
+from tokenopt.calibration.search import Calibration, Calibrator, Search, calibrate, candidates, fit
 
 __all__ = [
     "LAYERWISE", "Calibration", "Calibrator", "Evaluation", "Problem", "Search", "Target", "cache_folder", "calibrate",
