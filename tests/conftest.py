@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import os
+from collections.abc import Iterator
 
 import pytest
 import torch
@@ -33,3 +34,18 @@ def _reproducible() -> None:
     """The same random numbers in every test, whatever ran before it and in which process."""
     torch.manual_seed(0)
     torch.set_num_threads(1)
+
+
+@pytest.fixture(scope="module")
+def small_tiles() -> Iterator[None]:
+    """Small grids are cut as large ones are: tiles and gathered keys cost nothing but pairs; short runs of tokens."""
+    from tokenopt.attention import pattern, tiles
+    from tokenopt.passes import sparsify_attention
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(tiles, "_TILE", 0.0)
+        patch.setattr(tiles, "_KEY", 0.0)
+        patch.setitem(pattern._BOXES, 1, ((8,), (5,)))
+        sparsify_attention._shared.cache_clear()
+        yield
+    sparsify_attention._shared.cache_clear()

@@ -31,6 +31,7 @@ from tokenopt.attention.pattern import Refused, box_tilings
 from tokenopt.attention.tiles import Tiles, absent_keys, additive, reference_mask, tile, tile_as
 
 HEADS = 2
+pytestmark = pytest.mark.usefixtures("small_tiles")
 
 
 def layout(*grid: int, before: int = 0, text: int = 0, causal: bool = False) -> Layout:
@@ -203,6 +204,20 @@ def test_a_bias_is_cut_along_the_tiles(pattern: Mask, shape: tuple[int, ...], bo
         seen = reference_mask(pattern, where) & bias
         assert seen.any(-1).all()
     close(tiled(tile(pattern, where), q, k, v, bias), dense(pattern, where, q, k, v, bias))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+def test_windows_of_padding_are_finite(dtype: torch.dtype) -> None:
+    """Their queries are padding, too; all others see what they saw."""
+    where = layout(20)
+    real = torch.arange(20) < 14
+    q, k, v = operands(where, dtype=dtype)
+    for bias in (real[None, None, None], torch.zeros(1, 1, 1, 20).masked_fill(~real, -torch.inf)):
+        found = tiled(tile(Neighborhood(3), where), q, k, v, bias)
+        last = torch.full((1, 1, 1), 19)
+        assert found.isfinite().all() and torch.ops.tokenopt.tile_bias(bias, last, last).isfinite().all()
+        tolerance = 1e-5 if dtype is torch.float32 else 1e-2
+        close(found[:, :, :14], dense(Neighborhood(3), where, q, k, v, bias)[:, :, :14], tolerance)
 
 
 @pytest.mark.parametrize("pattern", BIASED, ids=lambda p: repr(p)[:30])

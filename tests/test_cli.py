@@ -77,7 +77,7 @@ def optimised(models: Path) -> Path:
 
 def test_optimize_leaves_its_files_and_no_others(optimised: Path) -> None:
     names = {p.name for p in optimised.iterdir()}
-    assert names == {"model.pt2", "model.onnx", "recipe.resolved.yaml", "report.json"}
+    assert names == {"model.pt2", "model.onnx", "recipe.resolved.yaml", "report.json", "report.html"}
     assert set(Report.load(optimised / "report.json").files.values()) == names
 
 
@@ -112,7 +112,7 @@ def test_optimize_again_from_the_resolved_recipe(models: Path, optimised: Path, 
 def test_nothing_changed_is_exit_code_3(models: Path, tokenopt: Cli, tmp_path: Path) -> None:
     result = tokenopt("optimize", models / "mlp.pt", *SHAPE, "-o", tmp_path / "new", code=3)
     assert "nothing was changed" in result.err
-    assert [p.name for p in (tmp_path / "new").iterdir()] == ["report.json"]
+    assert {p.name for p in (tmp_path / "new").iterdir()} == {"report.json", "report.html"}
     assert not Report.load(tmp_path / "new" / "report.json").reduced
 
 
@@ -369,3 +369,40 @@ def test_a_missing_runtime_is_said_before_any_work(
     err = tokenopt("optimize", "absent.pt", "--to", "tensorrt", "-o", tmp_path / "out", code=1).err
     assert "tensorrt cannot build here" in err and "it is not installed" in err
     assert not (tmp_path / "out").exists()
+
+
+# -- attention patterns ----------------------------------------------------------------------------------------------
+
+
+def test_inspect_shows_what_a_pattern_would_gain(models: Path, tokenopt: Cli) -> None:
+    rows = tokenopt("inspect", models / "vit.pt", *SHAPE, "--pattern", "Neighborhood(3)", "--json").json()["patterns"]
+    assert [(r["site"], r["grid"], r["tokens"]) for r in rows] == [(f"blocks.{i}.attn", [4, 4], 17) for i in range(2)]
+    assert all(r["ideal"] == pytest.approx(17 * 17 / (16 * 10 + 17)) for r in rows)
+    assert all("1.1x asked for" in r["refusal"]["why"] for r in rows)
+    assert "Neighborhood(7)" in tokenopt("inspect", models / "vit.pt", *SHAPE, "--pattern", "nat").out
+    assert "not a pattern" in tokenopt("inspect", models / "vit.pt", *SHAPE, "--pattern", "Windows(3)", code=2).err
+
+
+def test_optimize_with_a_pattern(models: Path, tokenopt: Cli, tmp_path: Path) -> None:
+    arguments = ("--recipe", "nat", "--set", "window=3", "--set", "sites=1:", "--min-speedup", "0", "--threads", "1")
+    tokenopt("optimize", models / "vit.pt", *SHAPE, *arguments, "-o", tmp_path)
+    report = Report.load(tmp_path / "report.json")
+    assert report.passed and [e["site"] for e in report.edits] == ["blocks.1.attn"]
+    assert {r["check"] for r in report.parity} == {"capture", "identity", "pattern", "eager", "onnxruntime"}
+    resolved = yaml.safe_load((tmp_path / "recipe.resolved.yaml").read_text())
+    assert resolved["recipe"]["pattern"] == {"1:": "Neighborhood(3)"}
+
+
+def test_optimize_with_a_pattern_that_does_not_pay(models: Path, tokenopt: Cli, tmp_path: Path) -> None:
+    result = tokenopt("optimize", models / "vit.pt", *SHAPE, "--recipe", "nat", "-o", tmp_path, code=cli.UNCHANGED)
+    assert "nothing was changed" in result.err
+    refusals = Report.load(tmp_path / "report.json").refusals
+    assert len(refusals) == 2 and all("1.00x, tiles" in r["why"] and "1.1x asked for" in r["why"] for r in refusals)
+
+
+def test_optimize_with_passes_that_hold_a_pattern(models: Path, tokenopt: Cli, tmp_path: Path) -> None:
+    pattern = "Neighborhood((3, 4), stride=2) | Global(first=1)"
+    passes = f"fold-constants,raise-attention,sparsify-attention{{pattern={pattern},min-speedup=0,sites=0}}"
+    tokenopt("optimize", models / "vit.pt", *SHAPE, "--passes", passes, "--to", "onnx", "-o", tmp_path)
+    report = Report.load(tmp_path / "report.json")
+    assert [(r["site"], r["pattern"]) for r in report.patterns] == [("blocks.0.attn", f"({pattern})")]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -128,8 +129,10 @@ def test_a_fixed_batch_is_filled() -> None:
     with pytest.raises(UsageError, match="too few samples: 1"):
         dataset.sample(1).batches(32)
     unlike = [InputSpec("a", "float32", (2, 3)), InputSpec("b", "float32", (4,))]  # no dimension for samples
-    (batch,) = open_data({"a": torch.zeros(2, 3), "b": torch.zeros(4)}, unlike).batches(32)
-    assert [list(t.shape) for t in batch.inputs] == [[2, 3], [4]]
+    one = {"a": torch.zeros(2, 3), "b": torch.zeros(4)}
+    for data, count in ((one, 1), ([one, one], 2)):
+        found = [[list(t.shape) for t in batch.inputs] for batch in open_data(data, unlike).batches(32)]
+        assert found == [[[2, 3], [4]]] * count
 
 
 def test_npy_files_are_mapped_and_never_written(tmp_path: Path) -> None:
@@ -157,10 +160,11 @@ def test_python_objects_are_never_unpickled(tmp_path: Path) -> None:
 
 
 def test_other_files(tmp_path: Path) -> None:
+    with pytest.raises(UsageError, match="no such data file or folder"):
+        load_arrays(tmp_path / "a.npz")
+    (tmp_path / "a.csv").write_text("0,1")
     with pytest.raises(UsageError, match="another format"):
         load_arrays(tmp_path / "a.csv")
-    with pytest.raises(UsageError, match="no such data file"):
-        load_arrays(tmp_path / "a.npz")
 
 
 # -- folders of images -----------------------------------------------------------------------------------------------
@@ -273,6 +277,13 @@ def test_folders_of_another_form(tmp_path: Path, flat: Path, classes: Path) -> N
         open_data(classes, [ROWS], preprocessing=EIGHT)
     with pytest.raises(UsageError, match=r"no such data file[^$]*absent.npz"):
         open_data(tmp_path / "absent.npz", [ROWS])
+
+
+def test_pillow_is_needed_for_images_alone(flat: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "PIL", None)
+    assert len(open_data(X, [ROWS])) == 5
+    with pytest.raises(UsageError, match=r"tokenopt\[data\]"):
+        open_data(flat, [IMAGE], preprocessing=EIGHT, skip_bad=True)
 
 
 def test_huge_images(flat: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -412,6 +423,25 @@ def test_a_shuffled_loader_is_refused_when_it_shows() -> None:
             stacked(dataset)
 
 
+def test_a_stream_that_ends_early_is_refused() -> None:
+    ends = iter((5, 3))
+
+    def stream() -> Iterator[Tensor]:
+        yield from X[: next(ends)]
+
+    with pytest.raises(UsageError, match="ended after 3 samples"):
+        stacked(open_data(stream, [ROWS]))
+
+
+def test_inputs_without_samples_are_the_same_for_all_of_a_batch() -> None:
+    scale = InputSpec("scale", "float32", (1,))
+    items = [(x, torch.tensor([float(i // 2)])) for i, x in enumerate(X)]
+    dataset = open_data(items, [ROWS, scale])
+    assert [b.inputs[1].item() for b in dataset.batches(2)] == [0, 1, 2]
+    with pytest.raises(UsageError, match="'scale' differs between samples"):
+        next(dataset.batches(3))
+
+
 def test_a_sequence_is_read_by_index() -> None:
     class Lazy:
         seen: list[int] = []
@@ -513,7 +543,8 @@ def test_an_image_processor_with_steps_of_its_own_is_refused(tmp_path: Path) -> 
         Preprocessing.from_model(f"hf:{tmp_path}", None)
     (tmp_path / "preprocessor_config.json").write_text("{")
     with pytest.raises(UsageError, match="not understood"):
-        Preprocessing.from_model(f"hf:{tmp_path}", None)
+        Preprocessing.resolve(f"hf:{tmp_path}", (8, 8), mean=(0.5,))
+    assert Preprocessing.resolve(f"hf:{tmp_path}", (8, 8), mean=(0.5,), std=(0.5,)).source == "--mean, --std"
 
 
 def test_options_change_what_the_model_says() -> None:
@@ -585,6 +616,7 @@ def test_optimize_on_a_folder(
     model: Path, classes: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("COLUMNS", "300")
+    monkeypatch.setattr(run, "_latency", lambda *_: ())
     (classes / "cat" / "bad.png").write_text("no image")
     arguments = ("optimize", model, "--schedule", "r=2", "--data", classes, "-o", tmp_path / "out", "--to", "onnx")
     code, _, error = command(capsys, *arguments)

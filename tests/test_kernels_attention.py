@@ -7,7 +7,9 @@ the place of Triton's compiler for whatever is imported after it was chosen.
 from __future__ import annotations
 
 import dataclasses
+import functools
 import itertools
+import json
 import math
 import os
 import random
@@ -17,11 +19,12 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import numpy
 import pytest
 import torch
 from torch import Tensor
 
-pytest.importorskip("triton")
+triton = pytest.importorskip("triton")
 
 from tokenopt.errors import UsageError  # noqa: E402
 from tokenopt.kernels import aot, neighborhood, online, tuning  # noqa: E402
@@ -30,6 +33,11 @@ from tokenopt.kernels.flash import attention, flash_kernel  # noqa: E402
 from tokenopt.kernels.neighborhood import neighborhood_attention, neighborhood_kernel  # noqa: E402
 from tokenopt.kernels.tuning import Config  # noqa: E402
 from tokenopt.runtimes.plugins import NeighborhoodAttention, kernel_constants  # noqa: E402
+
+
+def _version(package: Any) -> tuple[int, int]:
+    return tuple(map(int, package.__version__.split(".")[:2]))
+
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 DEVICE = "cpu" if INTERPRETED else "cuda"
@@ -43,6 +51,9 @@ TOLERANCE = {torch.float32: 1e-5, torch.float16: 1e-2, torch.bfloat16: 5e-2}
 
 
 @compiled
+@pytest.mark.skipif(
+    _version(triton) < (3, 7) and _version(numpy) >= (2, 4), reason="this interpreter fails at range() with this numpy"
+)
 def test_cases_in_the_interpreter() -> None:
     environment = {name: value for name, value in os.environ.items() if not name.startswith("PYTEST_")}
     run = subprocess.run(
@@ -53,7 +64,7 @@ def test_cases_in_the_interpreter() -> None:
         text=True,
     )
     assert run.returncode == 0, run.stdout[-10000:] + run.stderr[-2000:]
-    assert int(re.search(r"(\d+) passed", run.stdout).group(1)) > 100
+    assert int(re.search(r"(\d+) passed", run.stdout).group(1)) > 90
 
 
 # -- reference ---------------------------------------------------------------------------------------------------------
@@ -77,6 +88,7 @@ def sees(i: int, m: int, length: int, window: int, stride: int, dilation: int, c
     return first <= m < first + window
 
 
+@functools.cache
 def seen_on_grid(grid, window, stride, dilation, causal) -> Tensor:
     """bool [G, G]."""
     mask = torch.ones(1, 1, dtype=torch.bool)
@@ -199,27 +211,27 @@ CASES = {
     "1d full blocks": Case((64,), (40,)),
     "1d whole": Case((32,), (32,)),
     "1d one key": Case((19,), (1,)),
-    "2d": Case((9, 11), (3, 3)),
-    "2d even": Case((9, 11), (4, 6)),
+    "2d": Case((7, 9), (3, 3)),
+    "2d even": Case((7, 9), (4, 6)),
     "2d uneven tiles": Case((5, 14), (5, 9), (1, 8)),
-    "2d stride": Case((12, 10), (5, 4), (3, 4)),
+    "2d stride": Case((10, 7), (5, 4), (3, 4)),
     "2d stride = tile": Case((8, 12), (4, 8), (4, 4)),
-    "2d dilation": Case((13, 10), (3, 3), dilation=(2, 3)),
-    "2d dilation to the brim": Case((12, 9), (3, 3), dilation=(4, 3)),
+    "2d dilation": Case((9, 10), (3, 3), dilation=(2, 3)),
+    "2d dilation to the brim": Case((6, 9), (3, 3), dilation=(2, 3)),
     "2d causal": Case((9, 8), (3, 5), causal=(True, False)),
-    "2d causal both": Case((9, 8), (4, 5), (2, 3), causal=(True, True)),
-    "2d causal dilation": Case((9, 11), (4, 3), (2, 3), (2, 3), (False, True)),
+    "2d causal both": Case((7, 6), (4, 5), (2, 3), causal=(True, True)),
+    "2d causal dilation": Case((9, 9), (4, 3), (2, 3), (2, 3), (False, True)),
     "2d full blocks": Case((9, 10), (7, 9)),
     "2d whole": Case((6, 7), (6, 7)),
     "2d one row": Case((1, 20), (1, 7)),
-    "3d": Case((4, 5, 6), (3, 3, 3)),
+    "3d": Case((3, 4, 5), (3, 3, 3)),
     "3d everything": Case((6, 4, 7), (2, 3, 3), (1, 2, 3), (3, 1, 2), (True, False, False)),
     "3d causal": Case((5, 4, 4), (4, 2, 3), (2, 1, 3), causal=(True, True, True)),
     "token in front": Case((6, 6), (3, 3), front=1),
     "tokens behind": Case((6, 6), (3, 3), behind=19),
     "tokens around": Case((5, 7), (3, 5), front=5, behind=16, bias=True),
     "tokens around, dilation": Case((6, 8), (3, 3), dilation=(2, 2), front=17, behind=2, bias=True),
-    "bias": Case((9, 7), (5, 3), bias=True),
+    "bias": Case((7, 5), (5, 3), bias=True),
     "head dim 32": Case((6, 5), (3, 3), dims=(32, 32), dtype=half),
     "head dim 64": Case((6, 5), (3, 3), dims=(64, 64), dtype=half, front=1),
     "head dim 80": Case((6, 5), (3, 3), dims=(80, 80), dtype=half, behind=3, bias=True),
@@ -247,7 +259,7 @@ def test_neighborhood_case(name: str) -> None:
 
 
 @on_device
-@pytest.mark.parametrize("seed", range(20))
+@pytest.mark.parametrize("seed", range(14))
 def test_neighborhood_random_case(seed: int) -> None:
     draw = random.Random(seed)
     axes = draw.choice((1, 2, 2, 3))
@@ -263,7 +275,7 @@ def test_neighborhood_random_case(seed: int) -> None:
         behind=draw.choice((0, 0, 18)),
         bias=draw.random() < 0.5,
         config=draw.choice((SMALL, Config(16, 32, 4, 1), Config(32, 16, 4, 1))),
-    ).check(batch=2, heads=1)
+    ).check(batch=1 + seed % 2, heads=1)
 
 
 @on_device
@@ -310,6 +322,10 @@ def test_boxes_need_the_fewest_blocks() -> None:
     assert neighborhood.boxes((1, 32, 32), (1, 7, 7), *plain, 64, 64) == ((1, 8, 8), (1, 4, 16))
     assert neighborhood.boxes((1, 64, 64), (1, 8, 8), (1, 8, 8), (1, 1, 1), (False,) * 3, 64, 64)[0] == (1, 8, 8)
     assert neighborhood.boxes((1, 1, 500), (1, 1, 9), *plain, 64, 32) == ((1, 1, 64), (1, 1, 32))
+    blocked = ((1, 64, 64), (1, 8, 8), (1, 8, 8), *plain[1:])
+    assert neighborhood.visited_blocks(*blocked, (1, 8, 8), (1, 8, 8)) == 64
+    interior, borders = 2 * 4, 2 * 3  # tiles of 8 along 32 with windows of 7 see 11, 14, 14 and 11 keys
+    assert neighborhood.visited_blocks((1, 1, 32), (1, 1, 7), *plain, (1, 1, 8), (1, 1, 4)) == interior + borders
     for volume in (16, 128):
         assert {math.prod(shape) for shape in neighborhood._factorings(volume)} == {volume}
 
@@ -352,11 +368,11 @@ def test_windows_without_meaning_are_refused(change: dict[str, Any], why: str) -
         (1, 5, (24, 8), torch.float32, False, True, "bnhd"),
     ],
 )
-@pytest.mark.parametrize("config", [SMALL, Config(32, 16, 4, 1), None])
+@pytest.mark.parametrize("config", [SMALL, None])
 def test_dense_case(queries, keys, dims, dtype, causal, bias, layout, config) -> None:
-    (q,) = operands(2, 3, queries, dims[0], dtype, layout, 1)
-    (k,) = operands(2, 3, keys, dims[0], dtype, layout, 1)
-    (v,) = operands(2, 3, keys, dims[1], dtype, layout, 1)
+    (q,) = operands(2, 2, queries, dims[0], dtype, layout, 1)
+    (k,) = operands(2, 2, keys, dims[0], dtype, layout, 1)
+    (v,) = operands(2, 2, keys, dims[1], dtype, layout, 1)
     key_bias = torch.randn(2, keys, device=DEVICE) if bias else None
     seen = torch.ones(queries, keys, dtype=torch.bool, device=DEVICE)
     if causal:
@@ -456,6 +472,9 @@ def test_case_of_operands_that_do_not_fit() -> None:
         attention(q, k, v, torch.zeros(2, 19, device=DEVICE), scale=1.0)
     with pytest.raises(UsageError, match="float16"):
         attention(q, k, v.half(), scale=1.0)
+    with pytest.raises(UsageError, match="no backward"):
+        attention(q, k, v.requires_grad_(), scale=1.0)
+    v.requires_grad_(False)
     with pytest.raises(UsageError, match="positive"):
         attention(q, k, v, scale=0.0)
     if INTERPRETED:
@@ -522,6 +541,24 @@ def test_kernels_compile_for(capability: int) -> None:
 
 
 @compiled
+def test_kernels_compile_with_sizes_of_one() -> None:
+    """Triton's launcher makes a constant of every integer argument that is 1."""
+    config = Config(16, 16, 4, 2)
+    block = head(16) | {"QUERIES": 16, "KEYS": 16}
+    lists = block | {"QUERY_BLOCK": 16, "KEY_BLOCK": 16, "SLOTS": 1}
+    strides = [f"{name}_{axis}" for name in ("query", "key", "value", "index") for axis in "bhn"]
+    for kernel, constants in (
+        (neighborhood_kernel, windowed(config, 16, extra=True)),
+        (flash_kernel, block | {"CAUSAL": False}),
+        (flash_kernel, block | {"CAUSAL": True}),
+        (block_sparse_kernel, lists),
+    ):
+        sizes = {"heads", "start_token", "extras", "queries", "keys", "slots", *strides} & set(kernel.arg_names)
+        constants = constants | CONTIGUOUS | dict.fromkeys(sizes, 1)
+        aot.ptx(kernel, signature(kernel, constants, "fp16"), constants, 80)
+
+
+@compiled
 @pytest.mark.parametrize(("dim", "bits"), [(64, 16), (80, 16), (128, 16), (256, 16), (64, 32)])
 def test_shipped_tiles_fit_the_smallest_device(dim: int, bits: int) -> None:
     kernels = {"neighborhood": neighborhood_kernel, "flash": flash_kernel, "block-sparse": block_sparse_kernel}
@@ -583,4 +620,34 @@ def test_rows_of_the_table_ask_for_what_problems_have() -> None:
         problem = tuning._problem(row["if"]["kernel"], 80, dtype, 64, 1024, 7)
         assert row["if"].keys() <= problem.keys()
         Config(**row["use"])
-    assert all(tuning.candidates(16, dim) for dim in (32, 256))
+    for bits, dim in ((16, 64), (16, 256), (32, 128)):
+        assert len(set(tuning.candidates(bits, dim))) >= 2
+
+
+@compiled
+def test_tuning_writes_rows_that_are_then_taken(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def timed(run: Any, return_mode: str) -> float:
+        return run()
+
+    def run(config: Config) -> float:
+        if config.keys == 128:
+            raise triton.runtime.errors.OutOfResources(300000, 200000, "shared memory")
+        return 1.0 if config == Config(128, 32, 4, 3) else 2.0
+
+    monkeypatch.setattr("triton.testing.do_bench", timed)
+    monkeypatch.setattr(tuning, "_problems", lambda *problem: [("neighborhood", 1024, 7, run)])
+    for name, value in (("current_device", 0), ("get_device_capability", (9, 0)), ("get_device_name", "a device")):
+        monkeypatch.setattr(torch.cuda, name, lambda *device, value=value: value)
+    table = tmp_path / "tuning.json"
+    for _ in range(2):  # the second measurement takes the place of the first
+        tuning.tune(table)
+        monkeypatch.setattr(tuning, "TABLE", table)
+    try:
+        assert sum("measured" in row for row in json.loads(table.read_text())["rows"]) == 1
+        take = functools.partial(tuning.lookup_for, "neighborhood", dtype=torch.float16, head_dim=64, window=8)
+        assert take(capability=90, tokens=900) == Config(128, 32, 4, 3)
+        assert take(capability=80, tokens=900) == take(capability=90, tokens=5000) == Config(64, 64, 4, 2)
+    finally:
+        monkeypatch.undo()
+        tuning._table.cache_clear()
+        tuning._lookup.cache_clear()

@@ -32,7 +32,7 @@ def demo(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str]:
 
 def test_demo_ends_with_the_gains_and_the_paths(demo: tuple[Path, str]) -> None:
     out, printed = demo
-    for name in ("model.pt2", "model.onnx", "recipe.resolved.yaml", "report.json"):
+    for name in ("model.pt2", "model.onnx", "recipe.resolved.yaml", "report.json", "report.html"):
         assert (out / "optimized" / name).is_file()
         assert str(out / "optimized" / name) in printed
     report = json.loads((out / "optimized" / "report.json").read_text())

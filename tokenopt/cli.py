@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shlex
 import signal
 import sys
 import traceback
@@ -137,6 +138,7 @@ def inspect(
 
 @app.command()
 def optimize(
+    context: typer.Context,
     model: ModelPath,
     out: Annotated[Path, typer.Option("-o", "--out", help="Folder for what the run leaves.")],
     arch: Arch = None,
@@ -186,7 +188,8 @@ def optimize(
 ) -> None:
     """Reduce tokens or sparsify attention; prove, export and time.
 
-    The folder gets model.pt2, what --to asks for, recipe.resolved.yaml and report.json, when every check has passed.
+    The folder gets model.pt2, what --to asks for, recipe.resolved.yaml, and report.json and report.html, when every
+    check has passed.
     """
     from tokenopt import run, terminal
 
@@ -207,6 +210,7 @@ def optimize(
             batch_sizes=_sizes(batch),
             threads=threads,
             fitting=run.Fitting(runtime, metric, keep_best, resume),
+            command=context.obj,
             progress=progress,
         )
     _show(outcome.report.to_dict(), lambda _: outcome.report.table(str(out)), json)
@@ -444,9 +448,10 @@ def main(arguments: list[str] | None = None) -> NoReturn:
             stream.reconfigure(errors="backslashreplace")
     code = DONE
     try:
+        words = sys.argv[1:] if arguments is None else arguments
         with _exit_on_signals(), warnings.catch_warnings():
             warnings.showwarning = _show_warning
-            app(arguments, prog_name="tokenopt")
+            app(words, prog_name="tokenopt", obj=shlex.join(["tokenopt", *words]))
     except SystemExit as end:  # typer's way to return
         code = end.code if isinstance(end.code, int) else DONE
         if code == INTERRUPTED:
@@ -573,11 +578,13 @@ def _size(option: str, text: str | None) -> tuple[int, int] | None:
 def _assignments(texts: list[str] | None) -> dict[str, Any]:
     import yaml
 
+    from tokenopt.pipeline import read_value
+
     found = {}
     for text in texts or ():
         key, equals, value = text.partition("=")
         try:
-            found[key.strip().replace("-", "_")] = yaml.safe_load(value)
+            found[key.strip().replace("-", "_")] = read_value(value)
         except yaml.YAMLError as error:
             raise UsageError(f"not a setting: {text!r}", why=str(error).split("\n")[0]) from error
         if not equals or not key.strip():

@@ -74,6 +74,70 @@ def _tiles(node: fx.Node, shape: Shapes) -> float:
     return 2.0 * prod(query[:2]) * pairs * (query[-1] + value[-1])
 
 
+def _pooling(node: fx.Node, features: int) -> float:
+    """Pooling of a grid with so many features per token, axis by axis."""
+    total, left = 0.0, prod(node.kwargs["grid"])
+    for size, cells in zip(node.kwargs["grid"], node.kwargs["cells"], strict=True):
+        total += 2.0 * left * cells * features if cells != size else 0.0
+        left = left // size * cells
+    return total
+
+
+def _pooled(node: fx.Node, shape: Shapes) -> float:
+    query, key, value = (shape(n) for n in node.args[:3])
+    count = prod(node.kwargs["grid"])
+    others = query[-2] - count
+    pairs = others * key[-2] + count * (others + prod(node.kwargs["cells"]))
+    width = query[-1] + value[-1]
+    return 2.0 * prod(query[:2]) * pairs * width + _pooling(node, prod(query[:2]) * width)
+
+
+def _pooled_tiles(node: fx.Node, shape: Shapes) -> float:
+    key, value = (shape(n) for n in node.args[1:3])
+    width = prod(key[:2]) * (key[-1] + value[-1])
+    rows = 2.0 * width * prod(node.kwargs["cells"]) * shape(node.args[6])[0]
+    return _tiles(node, shape) + rows + _pooling(node, width)
+
+
+def _agents(node: fx.Node, shape: Shapes) -> float:
+    query, key, value = (shape(n) for n in node.args[:3])
+    count, agents = prod(node.kwargs["grid"]), prod(node.kwargs["cells"])
+    pairs = agents * (key[-2] + count) + (query[-2] - count) * key[-2]
+    return 2.0 * prod(query[:2]) * pairs * (query[-1] + value[-1]) + _pooling(node, prod(query[:2]) * query[-1])
+
+
+def _listed(node: fx.Node, shape: Shapes, blocks: int) -> float:
+    """Attention of blocks of queries over lists of so many blocks of keys and the tokens in no block."""
+    query, key, value = (shape(n) for n in node.args[:3])
+    first = 4 if node.target is torch.ops.tokenopt.block_sparse_attention.default else 3
+    (tiles, size), (_, length), _, (rows,) = (shape(n) for n in node.args[first : first + 4])
+    pairs = tiles * size * (blocks * length + rows) + rows * key[-2]
+    return 2.0 * prod(query[:2]) * pairs * (query[-1] + value[-1])
+
+
+def _block_sparse(node: fx.Node, shape: Shapes) -> float:
+    return _listed(node, shape, shape(node.args[3])[-1])
+
+
+def _routed(node: fx.Node, shape: Shapes) -> float:
+    query = shape(node.args[0])
+    pooled = prod(query) + prod(shape(node.args[1]))
+    scores = shape(node.args[3])[0] * shape(node.args[4])[0] * query[0] * query[1] * query[-1]
+    return _listed(node, shape, node.kwargs["topk"]) + 2.0 * (pooled + scores)
+
+
+def _predicted(node: fx.Node, shape: Shapes) -> float:
+    query, (tiles, size), (keys, _) = (shape(node.args[i]) for i in (0, 3, 4))
+    (inner, small), (_, rank) = shape(node.args[7]), shape(node.args[9])
+    low = (tiles * size + keys) * inner * small + keys * small * rank + tiles * (size * small + keys) * rank
+    return _listed(node, shape, node.kwargs["topk"]) + 2.0 * query[0] * query[1] * low
+
+
+def _sorted(node: fx.Node, shape: Shapes) -> float:
+    count = node.kwargs["stop"] - node.kwargs["start"]
+    return _tiles(node, shape) + 2.0 * shape(node.args[0])[0] * count * prod(shape(node.args[7]))
+
+
 def _probe(node: fx.Node, shape: Shapes) -> float:
     key = shape(node.args[1])
     return 2.0 * prod(key) * node.args[5]
@@ -177,6 +241,14 @@ def _ours() -> dict[Any, Callable[[fx.Node, Shapes], float]]:
         ops.attention.default: _attention,
         ops.tiled_attention.default: _tiles,
         ops.neighborhood_attention.default: _tiles,
+        ops.pooled_attention.default: _pooled,
+        ops.pooled_tiled_attention.default: _pooled_tiles,
+        ops.region_attention.default: _attention,
+        ops.agent_attention.default: _agents,
+        ops.block_sparse_attention.default: _block_sparse,
+        ops.routed_attention.default: _routed,
+        ops.predicted_attention.default: _predicted,
+        ops.sorted_attention.default: _sorted,
         ops.attention_probe.default: _probe,
         ops.match_bipartite.default: _match,
         ops.merge_tokens.default: _merge,

@@ -1,4 +1,4 @@
-"""What parts of a recipe learn from data before a program is rewritten: learned scores, and similarity thresholds."""
+"""What a recipe learns from data before a program is rewritten: scores, similarity thresholds, attention patterns."""
 
 from __future__ import annotations
 
@@ -11,12 +11,19 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, fx, nn
 
+from tokenopt.analysis.axes import propagate
+from tokenopt.analysis.sites import find_sites
+from tokenopt.attention.layout import Layout
+from tokenopt.attention.pattern import Pattern
+from tokenopt.attention.pattern import Refused as PatternRefused
+from tokenopt.attention.recipe import AttentionRecipe
 from tokenopt.errors import UsageError
 from tokenopt.graph import add_output
 from tokenopt.passes.flatten_grids import FlattenGrids
 from tokenopt.passes.fold_constants import FoldConstants
 from tokenopt.passes.raise_attention import RaiseAttention
 from tokenopt.passes.reduce_tokens import Planner, ReduceTokens
+from tokenopt.passes.sparsify_attention import layout_of
 from tokenopt.pipeline import Pipeline
 from tokenopt.program import Program, flatten_tensors
 from tokenopt.schedule import Schedule
@@ -31,8 +38,10 @@ ops = torch.ops.tokenopt
 Batches = Iterable[Sequence[Tensor]]
 
 
-def needs_data(recipe: TokenRecipe) -> bool:
+def needs_data(recipe: TokenRecipe | AttentionRecipe) -> bool:
     """Whether a recipe has parts that have to be fitted on data first."""
+    if isinstance(recipe, AttentionRecipe):
+        return any(pattern.unfitted for pattern in recipe.pattern.values())
     score, select = recipe.score, recipe.select
     return (isinstance(score, Learned) and score.weights is None) or (
         isinstance(select, Threshold) and not select.values
@@ -99,6 +108,9 @@ def _run(program: Program, batch: Sequence[Tensor]) -> list[Tensor]:
     return flatten_tensors(program(*args, **kwargs))
 
 
+# -- patterns ----------------------------------------------------------------------------------------------------------
+
+
 # -- thresholds --------------------------------------------------------------------------------------------------------
 
 
@@ -131,6 +143,60 @@ def fit_thresholds(recipe: TokenRecipe, schedule: Schedule, program: Program, ba
         raise UsageError("there is no data to fit thresholds on")
     by_layer = dict(zip((layer for layer, _ in seen), (total / count).tolist(), strict=True))
     return [by_layer.get(layer, 2.0) for layer in range(max(by_layer) + 1)]  # 2 is above every cosine
+
+
+# -- attention patterns ------------------------------------------------------------------------------------------------
+
+
+def fit_patterns(recipe: AttentionRecipe, program: Program, batches: Batches, path: Path) -> AttentionRecipe:
+    """The recipe with a pattern of its own for every attention, fitted on its queries and keys in the dense program.
+
+    Attentions that a pattern cannot be applied to keep it as it is, and are refused where it is applied.
+
+    Args:
+        batches: inputs of the program, as flat tensors; no labels.
+        path: where weights are written, if there are any (.safetensors), as ``site<number>.<name>``.
+
+    Raises:
+        UsageError: if there is no data, or no attention to fit.
+    """
+    from safetensors.torch import save_file
+
+    seeing = Pipeline([FoldConstants(), RaiseAttention(), FlattenGrids()]).run(program).program
+    sites = [s for s in find_sites(propagate(seeing))[0] if s.raised]
+    patterns = {i: p for i in range(len(sites)) if (p := recipe.pattern_at(i, len(sites))) is not None}
+    layouts: dict[int, Layout] = {}
+    for i, pattern in patterns.items():
+        try:
+            layouts |= {i: layout_of(sites[i])} if pattern.unfitted else {}
+        except PatternRefused:
+            continue
+    if not layouts:
+        raise UsageError(f"recipe {recipe.name} suits no attention of this model, so there is nothing to fit")
+    for i in layouts:
+        for node in sites[i].node.args[:2]:
+            add_output(seeing, node, "seen")
+    seen = [_run(seeing, batch)[-2 * len(layouts) :] for batch in batches]
+    if not seen:
+        raise UsageError("there is no data to fit patterns on")
+    weights: dict[str, Tensor] = {}
+    for number, (i, layout) in enumerate(layouts.items()):
+        query, key = (torch.cat([found[2 * number + operand].float() for found in seen]) for operand in (0, 1))
+        patterns[i], learned = _fitted(patterns[i], layout, query, key, path, i)
+        weights |= {f"site{i}.{name}": value.contiguous() for name, value in learned.items()}
+    if weights:
+        save_file(weights, path)
+    return replace(recipe, pattern={str(i): p for i, p in patterns.items()})
+
+
+def _fitted(
+    pattern: Pattern, layout: Layout, query: Tensor, key: Tensor, path: Path, site: int
+) -> tuple[Pattern, dict[str, Tensor]]:
+    try:
+        fitted, weights = pattern.fit(layout, query, key)
+    except PatternRefused:
+        return pattern, {}
+    return replace(fitted, weights=str(path), site=site) if weights else fitted, weights
 
 
 # -- learned scores ----------------------------------------------------------------------------------------------------

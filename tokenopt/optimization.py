@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import tempfile
 import time
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -16,14 +16,16 @@ from tokenopt import calibration, ops, recipes
 from tokenopt.analysis.axes import propagate
 from tokenopt.analysis.cuts import find_cuts
 from tokenopt.analysis.sites import AttentionSite, find_sites
-from tokenopt.attention.pattern import Pattern
+from tokenopt.attention.learned import Predicted, Sorted
+from tokenopt.attention.pattern import Mask, Pattern
 from tokenopt.attention.recipe import AttentionRecipe
+from tokenopt.attention.routed import Routed
 from tokenopt.budget import within
 from tokenopt.calibration import Target
 from tokenopt.cost import program_flops
 from tokenopt.data import find_preprocessing, open_data
 from tokenopt.errors import Refusal, UsageError
-from tokenopt.fitting import fit, needs_data
+from tokenopt.fitting import fit, fit_patterns, needs_data
 from tokenopt.inspection import axis_dict, refusal_of
 from tokenopt.parity import Parity
 from tokenopt.passes.flatten_grids import FlattenGrids
@@ -31,7 +33,7 @@ from tokenopt.passes.fold_constants import FoldConstants
 from tokenopt.passes.raise_attention import RaiseAttention
 from tokenopt.passes.reduce_tokens import ReduceTokens
 from tokenopt.passes.remove_dead import RemoveDead
-from tokenopt.passes.sparsify_attention import MIN_SPEEDUP, SparsifyAttention
+from tokenopt.passes.sparsify_attention import MIN_SPEEDUP, Choice, SparsifyAttention
 from tokenopt.pipeline import Pass, Pipeline, PipelineResult, parse_passes
 from tokenopt.program import Program, capture, flatten_tensors
 from tokenopt.report import Report
@@ -46,11 +48,12 @@ FITTED = 32  # samples in a batch that a recipe learns from
 
 @dataclass
 class Result:
-    """What `optimize` returns: the rewritten program, the dense one it came from, and the report."""
+    """What `optimize` returns: the rewritten program, the dense one it came from, the report, and the passes run."""
 
     program: Program
     dense: Program
     report: Report
+    steps: Sequence[Pass] = ()
 
     @property
     def changed(self) -> bool:
@@ -152,16 +155,16 @@ def optimize(
 
         done = stage("check")
         checks = _checks(program, result, steps, given)
+        report = _report(program, canonical, result, reducing, steps, checks, short_outputs)
         done()
     if progress is not None:
         progress("check", len(stages), len(stages))
-    report = _report(program, canonical, result, reducing, steps, checks, short_outputs)
     report.calibration = {"gate": gated} if gated else {}
     if calibrated is not None:
         report.calibration = calibrated.to_dict()
         seconds["calibrate"] = calibrated.seconds
     report.timings = {**seconds, **result.timings}
-    return Result(result.program, program, report)
+    return Result(result.program, program, report, steps)
 
 
 def _silent(stage: str, done: int, total: int) -> None:
@@ -243,24 +246,35 @@ def _steps(
 
 def learns(step: Pass) -> bool:
     """Whether a step has a part that is learned from data."""
+    if isinstance(step, SparsifyAttention):
+        return needs_data(step.resolved())
     return isinstance(step, ReduceTokens) and needs_data(step.resolved()[0])
 
 
 def _fitted(step: Pass, program: Program, data: Any, weights: str | Path) -> Pass:
-    """A reduction whose recipe has learned from the data what it learns."""
-    if not isinstance(step, ReduceTokens) or not learns(step):
+    """A step whose recipe has learned from the data what it learns."""
+    if not learns(step):
         return step
-    recipe, schedule = step.resolved()
+    recipe, schedule = step.resolved() if isinstance(step, ReduceTokens) else (step.resolved(), None)
     if data is None:
-        part = recipe.score if isinstance(recipe.score, Learned) else recipe.select
         raise UsageError(
             f"recipe {recipe.name} learns from data, and there is none",
-            why=f"{part.kind} '{part.name}': {part.summary()}",
+            why=_learned_part(recipe),
             hint="give inputs like those the model is for (--data PATH)",
         )
     opened = open_data(data, program.inputs, preprocessing=find_preprocessing(data, program.source, program.inputs))
     batches = (batch.inputs for batch in opened.batches(FITTED))
+    if isinstance(step, SparsifyAttention):
+        return replace(step, pattern=None, recipe=fit_patterns(recipe, program, batches, Path(weights)), sites="all")
     return replace(step, recipe=fit(recipe, schedule, program, batches, Path(weights)), settings={})
+
+
+def _learned_part(recipe: TokenRecipe | AttentionRecipe) -> str:
+    if isinstance(recipe, AttentionRecipe):
+        part = next(p for p in recipe.pattern.values() if p.unfitted)
+        return f"{part}: {part.summary()}"
+    part = recipe.score if isinstance(recipe.score, Learned) else recipe.select
+    return f"{part.kind} '{part.name}': {part.summary()}"
 
 
 def _budgeted(steps: list[Pass], budget: Budget, program: Program) -> list[Pass]:
@@ -291,12 +305,20 @@ def _checks(
     identity = [s.identity() if isinstance(s, (ReduceTokens, SparsifyAttention)) else s for s in steps]
     if identity != steps and all(_has_identity(s) for s in steps):
         rows += parity.check("identity", _caller(Pipeline(identity).run(program).program, program))
-    sparsifying = [s for s in steps if isinstance(s, SparsifyAttention)]
-    if sparsifying and len(sparsifying) == len([s for s in identity if s not in steps]) and result.changed:
+    sparsifying = [s for s in steps if isinstance(s, SparsifyAttention) and _has_mask(s)]
+    applied = {e.pass_spec for e in result.edits} & {s.spec for s in sparsifying}
+    if applied and len(sparsifying) == len([s for s in identity if s not in steps]):
         dense = [replace(s, form="dense") if s in sparsifying else s for s in steps]
         masked = Pipeline(dense).run(program).program
-        rows += Parity(masked, given).check("pattern", _caller(result.program, program))
+        complete = None if given is None else masked.complete(given)
+        rows += Parity(masked, complete).check("pattern", _caller(result.program, program))
     return rows
+
+
+def _has_mask(step: SparsifyAttention) -> bool:
+    """Whether a pattern of a step has a masked dense form to compare with: a different softmax has none."""
+    masked = Mask, Routed, Sorted, Predicted
+    return any(isinstance(pattern, masked) for pattern in step.resolved().pattern.values())
 
 
 def _has_identity(step: Pass) -> bool:
@@ -357,11 +379,21 @@ def _report(
         ],
         refusals=[r.to_dict() for r in refusals],
         edits=[asdict(e) for e in edits],
-        patterns=[c.to_dict() for s in steps if isinstance(s, SparsifyAttention) for c in s.plan(canonical.program)],
+        patterns=[c.to_dict() for c in _choices(program, canonical, steps)],
         flops={"before": program_flops(canonical.program), "after": program_flops(result.program)},
         tokens={"before": before, "after": after},
         parity=checks,
     )
+
+
+def _choices(program: Program, canonical: PipelineResult, steps: list[Pass]) -> Iterator[Choice]:
+    """What the patterns of each step do at the program that it is given."""
+    plain = (FoldConstants, RaiseAttention, FlattenGrids)
+    for i, step in enumerate(steps):
+        if isinstance(step, SparsifyAttention):
+            before = steps[:i]
+            known = all(isinstance(s, plain) for s in before)
+            yield from step.plan((canonical if known else Pipeline(before).run(program)).program)
 
 
 def _recipe_dict(reducing: list[ReduceTokens], steps: list[Pass], short: bool) -> dict[str, Any]:
@@ -388,7 +420,7 @@ def _unique(refusals: Iterable[Refusal]) -> list[Refusal]:
 def _token_counts(sites: list[AttentionSite], program: Program) -> tuple[list[int], list[int]]:
     """Tokens that enter each attention, before and after; sites that were not raised are as before."""
     now = [n for n in program.graph.nodes if n.target in ops.attentions()]
-    raised = [s for s in sites if s.raised]
-    counts = {s.id: int(n.args[0].meta["val"].shape[-2]) for s, n in zip(raised, now, strict=False)}
+    known = [s for s in sites if s.known]
+    counts = {s.id: int(n.args[0].meta["val"].shape[-2]) for s, n in zip(known, now, strict=False)}
     before = [s.queries for s in sites]
     return before, [counts.get(s.id, s.queries) for s in sites]

@@ -136,8 +136,17 @@ def _options(text: str, name: str) -> dict[str, Any]:
         key, equals, value = item.partition("=")
         if not equals:
             raise UsageError(f"option {item!r} of pass {name} has no value", hint="write key=value")
-        options[key.strip().replace("-", "_")] = yaml.safe_load(value)
+        options[key.strip().replace("-", "_")] = read_value(value)
     return options
+
+
+def read_value(text: str) -> Any:
+    """A setting in YAML, but for slices: ``1:`` is no mapping, and ``1:3`` not 63.
+
+    Raises:
+        yaml.YAMLError: if it is none.
+    """
+    return text.strip() if re.fullmatch(r"[\s\d,:-]*\d?:[\s\d,:-]*", text) else yaml.safe_load(text)
 
 
 def _split(text: str) -> list[str]:

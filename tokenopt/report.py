@@ -6,7 +6,7 @@ import json
 import math
 import os
 import platform
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field, fields
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -37,7 +37,8 @@ def installed_versions() -> dict[str, str]:
 class Report:
     """What one optimisation did. Written as ``report.json``, schema version 1.
 
-    Every key is always there. A number that is not finite is written as null.
+    Every key is written, and one that an older release did not write is read as empty. A number that is not finite is
+    written as null.
 
     version    1. A reader refuses a version it does not know.
     model      name: where it came from; digest: of graph and weights, before
@@ -80,6 +81,18 @@ class Report:
                gate: [{site, kept, why, speedup}]: whether a reduction stays, by what it was measured to gain
                reverted: [{site, why}]; trials: [{number, cost, deviation}]
                command: what repeats it
+    diagnostics  {} if there were no data; else of `tokenopt.diagnostics.diagnose`, of the dense model: samples,
+               window: rows and columns of a neighbourhood; layers: [{site, tokens, heads, ...}], null where unknown:
+               entropy, head_entropy: nats, of the mean over heads of a row of attention, and the mean over heads
+               answer_entropy: nats, of what class token or last token attends to among the reducible tokens
+               head_diversity: 0 where heads attend alike, 1 where no two attend to the same
+               row_similarity: mean cosine of rows with the mean row, both cut at 2 / tokens
+               redundancy: mean cosine of rows with the mean of their neighbourhood, keys outside it alone
+               segments: [name]; between: [[share]]: of the attention of a segment's queries, on each segment's keys
+               intra, inter, flow: per cent of all attention that passes among the reducible tokens, and between them
+               and the others; information flow, from 0 at the layer of the least to 1
+               sink_dims, sink_share, sink_received, sink_overlap: as of `tokenopt.diagnostics.sinks`
+    command    what makes the same files again, as a line for a shell
     files      {role: path}, relative to the report
     timings    {stage: seconds}
     versions   {package: version}
@@ -99,6 +112,8 @@ class Report:
     data: dict[str, Any] = field(default_factory=dict)
     latency: list[dict[str, Any]] = field(default_factory=list)
     calibration: dict[str, Any] = field(default_factory=dict)
+    diagnostics: dict[str, Any] = field(default_factory=dict)
+    command: str = ""
     files: dict[str, str] = field(default_factory=dict)
     timings: dict[str, float] = field(default_factory=dict)
     versions: dict[str, str] = field(default_factory=installed_versions)
@@ -165,6 +180,35 @@ class Report:
             raise TokenoptError("this is not a tokenopt report", where=str(path), why=str(error)) from error
         return cls.from_dict(data, str(path))
 
+    # -- reading -------------------------------------------------------------------------------------------------
+
+    @property
+    def title(self) -> str:
+        """Model, recipe and schedule in one line."""
+        from tokenopt.schedule import Schedule
+
+        words = [self.model.get("name"), self.recipe.get("name")]
+        if self.schedule:
+            words.append(Schedule.parse(self.schedule))
+        return ", ".join(str(word) for word in words if word)
+
+    def gains(self) -> list[tuple[str, ...]]:
+        """What was gained, as text: (what, before, after, ratio)."""
+        rows = []
+        before, after = self.tokens.get("before") or [0], self.tokens.get("after") or [0]
+        if any(before) and (self.reduced or not self.patterns):
+            rows.append(("tokens in the last site", f"{before[-1]}", f"{after[-1]}", ratio(before[-1], after[-1])))
+            b, a = sum(before), sum(after)
+            rows.append(("tokens in all sites", f"{b}", f"{a}", ratio(b, a)))
+        if self.flops.get("before"):
+            b, a = self.flops["before"], self.flops["after"]
+            rows.append(("GFLOP", f"{b / 1e9:.3g}", f"{a / 1e9:.3g}", ratio(b, a)))
+        for row in self.latency:
+            name = f"{row['runtime']}, batch {row['batch']}, {plural(row['threads'], 'thread')}"
+            b, a = row["before_ms"], row["after_ms"]
+            rows.append((name, f"{b:.2f} ms", f"{a:.2f} ms", ratio(b, a)))
+        return rows
+
     # -- terminal ------------------------------------------------------------------------------------------------
 
     def table(self, folder: str | os.PathLike[str] = "") -> Any:
@@ -172,13 +216,7 @@ class Report:
         from rich.console import Group
         from rich.text import Text
 
-        from tokenopt.schedule import Schedule
-
-        words = [self.model.get("name"), self.recipe.get("name")]
-        if self.schedule:
-            words.append(Schedule.parse(self.schedule))
-        title = ", ".join(str(word) for word in words if word)
-        parts = [Text(title, style="bold")] if title else []
+        parts = [Text(self.title, style="bold")] if self.title else []
         for verb, key in (("takes", "added_inputs"), ("returns", "added_outputs")):
             added = [f"{s['name']} {s['dtype']}[{', '.join(map(str, s['shape']))}]" for s in self.model.get(key, ())]
             parts += [Text(f"also {verb} {', '.join(added)}")] if added else []
@@ -188,20 +226,11 @@ class Report:
 
     def _tables(self, folder: str | os.PathLike[str]) -> Iterator[Any]:
         gains = new_table("", "before", "after", "gain", right=(1, 2, 3))
-        before, after = self.tokens.get("before") or [0], self.tokens.get("after") or [0]
-        if any(before) and (self.reduced or not self.patterns):
-            gains.add_row("tokens in the last site", f"{before[-1]}", f"{after[-1]}", ratio(before[-1], after[-1]))
-            gains.add_row("tokens in all sites", f"{sum(before)}", f"{sum(after)}", ratio(sum(before), sum(after)))
-        if self.flops.get("before"):
-            b, a = self.flops["before"], self.flops["after"]
-            gains.add_row("GFLOP", f"{b / 1e9:.3g}", f"{a / 1e9:.3g}", ratio(b, a))
-        for row in self.latency:
-            name = f"{row['runtime']}, batch {row['batch']}, {plural(row['threads'], 'thread')}"
-            b, a = row["before_ms"], row["after_ms"]
-            gains.add_row(name, f"{b:.2f} ms", f"{a:.2f} ms", ratio(b, a))
+        for row in self.gains():
+            gains.add_row(*row)
         yield gains
         yield pattern_table(self.patterns)
-        yield parity_table(_merged(self.parity))
+        yield parity_table(merged(self.parity))
         yield refusal_table(self.refusals)
         files = new_table("written", "path")
         for role, path in self.files.items():
@@ -234,14 +263,43 @@ def new_table(*columns: str, right: tuple[int, ...] = ()) -> Any:
     return table
 
 
+PATTERN_COLUMNS = ("attention", "pattern", "tokens", "grid", "keys", "ideal", "tiles", "predicted", "")
+PARITY_COLUMNS = ("check", "inputs", "batch", "max abs", "max rel", "cosine", "argmax", "")
+REFUSAL_COLUMNS = ("not rewritten", "where", "why", "try")
+
+
 def pattern_table(rows: list[dict[str, Any]]) -> Any:
+    """`pattern_rows` as a table."""
+    return _filled(pattern_rows(rows), *PATTERN_COLUMNS, right=(2, 4, 5, 6, 7))
+
+
+def parity_table(rows: list[dict[str, Any]]) -> Any:
+    """`parity_rows` as a table."""
+    return _filled(parity_rows(rows), *PARITY_COLUMNS, right=(2, 3, 4, 5, 6))
+
+
+def refusal_table(refusals: list[dict[str, Any]]) -> Any:
+    """`refusal_rows` as a table."""
+    return _filled(refusal_rows(refusals), *REFUSAL_COLUMNS, right=(0,))
+
+
+def _filled(rows: Iterable[tuple[str, ...]], *columns: str, right: tuple[int, ...]) -> Any:
+    table = new_table(*columns, right=right)
+    for row in rows:
+        table.add_row(*row)
+    return table
+
+
+# -- rows of text, shared by the terminal and the page -----------------------------------------------------------
+
+
+def pattern_rows(rows: list[dict[str, Any]]) -> list[tuple[str, ...]]:
     """One line per kind of attention and pattern: what a query sees, and what that gains."""
-    columns = ("attention", "pattern", "tokens", "grid", "keys", "ideal", "tiles", "predicted", "")
-    table = new_table(*columns, right=(2, 4, 5, 6, 7))
     groups: dict[Any, list[dict[str, Any]]] = {}
     for row in rows:
         why = row["refusal"]["why"] if row["refusal"] else ""
         groups.setdefault((row["pattern"], row["tokens"], str(row["grid"]), row["predicted"], why), []).append(row)
+    lines = []
     for (pattern, tokens, _, _, why), found in groups.items():
         row = found[0]
         times = lambda v: "" if v is None else f"{v:.2f}x"  # noqa: E731
@@ -249,14 +307,14 @@ def pattern_table(rows: list[dict[str, Any]]) -> Any:
         verdict = f"no: {why}" if why else "applied" if row["subset"] else "applied: a different softmax"
         name = found[0]["site"] if len(found) == 1 else f"{found[0]['site']} ... {found[-1]['site']} ({len(found)})"
         keys = "" if row["keys"] is None else f"{row['keys']:g}"
-        table.add_row(name, pattern, str(tokens), grid, keys, *(times(row[k]) for k in ("ideal", "tile", "predicted")),
-                      verdict)  # fmt: skip
-    return table
+        gains = (times(row[k]) for k in ("ideal", "tile", "predicted"))
+        lines.append((name, pattern, str(tokens), grid, keys, *gains, verdict))
+    return lines
 
 
-def parity_table(rows: list[dict[str, Any]]) -> Any:
+def parity_rows(rows: list[dict[str, Any]]) -> list[tuple[str, ...]]:
     """One line per check: its worst output."""
-    table = new_table("check", "inputs", "batch", "max abs", "max rel", "cosine", "argmax", "", right=(2, 3, 4, 5, 6))
+    lines = []
     for row in rows:
         outputs = row.get("outputs", [])
 
@@ -271,7 +329,7 @@ def parity_table(rows: list[dict[str, Any]]) -> Any:
             verdict = "built and read back; cannot run here"
         if row.get("unstable"):
             verdict += f", {plural(row['unstable'], 'tie')} left out"
-        table.add_row(
+        lines.append((
             row["check"],
             row["inputs"],
             str(row["batch"] or ""),
@@ -280,21 +338,21 @@ def parity_table(rows: list[dict[str, Any]]) -> Any:
             worst("cosine", min, "{:.6f}"),
             worst("argmax_agreement", min, "{:.1%}"),
             verdict,
-        )
-    return table
+        ))  # fmt: skip
+    return lines
 
 
-def refusal_table(refusals: list[dict[str, Any]]) -> Any:
-    """Refusals grouped by their reason: how many, where, why, what to try."""
+def refusal_rows(refusals: list[dict[str, Any]], most: int = 3) -> list[tuple[str, ...]]:
+    """Refusals grouped by their reason: how many, where (``most`` of them), why, what to try."""
     groups: dict[tuple[str, str], list[str]] = {}
     for refusal in refusals:
         groups.setdefault((refusal["why"], refusal.get("try", "")), []).append(refusal["where"])
-    table = new_table("not rewritten", "where", "why", "try", right=(0,))
+    lines = []
     for (why, hint), places in groups.items():
         places = list(dict.fromkeys(places))
-        shown = ", ".join(places[:3]) + (f" and {len(places) - 3} more" if len(places) > 3 else "")
-        table.add_row(str(len(places)), shown, why, hint)
-    return table
+        shown = ", ".join(places[:most]) + (f" and {len(places) - most} more" if len(places) > most else "")
+        lines.append((str(len(places)), shown, why, hint))
+    return lines
 
 
 def ratio(before: float | None, after: float | None) -> str:
@@ -321,7 +379,7 @@ def _data_line(data: Mapping[str, Any]) -> str:
     return ", ".join(words)
 
 
-def _merged(parity: list[dict[str, Any]]) -> list[dict[str, Any]]:
+def merged(parity: list[dict[str, Any]]) -> list[dict[str, Any]]:
     """One row per check, over all its inputs and batch sizes."""
     merged = []
     for name in dict.fromkeys(row["check"] for row in parity):

@@ -15,10 +15,13 @@ import yaml
 from torch import Tensor
 
 from tokenopt import __version__, calibration, runtimes
+from tokenopt.attention.pattern import parse
 from tokenopt.attention.recipe import AttentionRecipe
 from tokenopt.calibration import Target
 from tokenopt.data import Dataset, find_preprocessing, open_data
+from tokenopt.diagnostics import diagnose
 from tokenopt.errors import LoweringError, TokenoptError, UsageError
+from tokenopt.gallery import Sample, gallery
 from tokenopt.inspection import inspect
 from tokenopt.loading import load_program
 from tokenopt.optimization import Result, learns, optimize
@@ -37,10 +40,11 @@ from tokenopt.staging import staged
 Progress = Callable[[str, int, int], None]
 
 RECIPE_NAME = "tome"
-PROGRAM, RECIPE, REPORT = "model.pt2", "recipe.resolved.yaml", "report.json"
+PROGRAM, RECIPE, REPORT, PAGE = "model.pt2", "recipe.resolved.yaml", "report.json", "report.html"
 SCORER = "scorer.safetensors"
 CHECKED = 32  # samples of the user's data that an optimisation or export is checked on; verify takes all
 HELD_OUT = 0.2  # the share of the data that is not learned from
+LOOKED_AT = 8  # samples whose attention is looked at
 _SECONDS, _ROUNDS = 5.0, (5, 40)  # that one measurement may take, and the rounds it has at least and at most
 
 
@@ -235,8 +239,12 @@ def optimize_model(
     threads: int | None,
     fitting: Fitting,
     progress: Progress,
+    command: str = "",
 ) -> Outcome:
     """Optimises a model file, proves and times the result, and leaves its files in ``out``.
+
+    ``command`` is what was typed, for the report. Given data are also looked at: where the dense model attends, and
+    which patches of the images are left.
 
     A run that changes nothing leaves its report alone, and not even that beside the files of an earlier run.
     """
@@ -277,20 +285,20 @@ def optimize_model(
         if learned is not None:  # the folder holds all that its recipe needs
             if learned != scorer:
                 shutil.copyfile(learned, scorer)
-            report.recipe = _moved(report.recipe, str(learned), str(out / SCORER))
-        report.model["name"] = path.name
+            report.recipe, report.patterns = _moved([report.recipe, report.patterns], str(learned), str(out / SCORER))
+        report.model["name"], report.command = path.name, command
         if checked is not None:
             rows = {"fitted": fitted, "checked": checked}
             report.data = {"seed": data.seed, **{k: None if v is None else v.describe() for k, v in rows.items()}}
         if not result.changed:
             if not (out / PROGRAM).exists():
-                report.files = {"report": REPORT}
-                report.save(staging.path / REPORT)
+                report.files = {"report": REPORT, "html": PAGE}
+                _write(report, [], staging.path)
                 staging.commit()
             return Outcome(report, changed=False)
 
         given = _completed(given, checked, result)
-        report.files = {"program": PROGRAM, "recipe": RECIPE, "report": REPORT}
+        report.files = {"program": PROGRAM, "recipe": RECIPE, "report": REPORT, "html": PAGE}
         report.files |= {"scorer": SCORER} if scorer.exists() else {}
         with clock("save"):
             engine = runtimes.get("eager").build(result.program, staging.path / PROGRAM, data=given)
@@ -308,9 +316,16 @@ def optimize_model(
                 pairs.append((runtimes.open(dense, threads=threads), runtimes.open(file, threads=threads)))
         with clock("measure"):
             report.latency = [row for pair in pairs for row in _latency(*pair, batch_sizes, threads)]
+        samples: list[Sample] = []
+        if given:
+            with clock("look at the data"):
+                inputs = result.dense.inputs
+                rows = None if any(isinstance(spec.shape[0], int) for spec in inputs if spec.shape) else LOOKED_AT
+                report.diagnostics = diagnose(result.dense, [[t[:rows] for t in given[0][: len(inputs)]]])
+                samples = gallery(result, given[0])
         report.timings |= clock.seconds
         (staging.path / RECIPE).write_text(resolved_recipe(report, passes), encoding="utf-8")
-        report.save(staging.path / REPORT)
+        _write(report, samples, staging.path)
         staging.commit(obsolete=_earlier_files(out))
     return Outcome(report, changed=True)
 
@@ -362,6 +377,14 @@ def calibrate_model(
     with atomic_path(out) as partial:
         partial.write_text(dumps(content) + "\n", encoding="utf-8")
     return content
+
+
+def _write(report: Report, samples: Sequence[Sample], folder: Path) -> None:
+    """The report as data and as a page."""
+    from tokenopt.html import render
+
+    report.save(folder / REPORT)
+    (folder / PAGE).write_text(render(report, samples), encoding="utf-8")
 
 
 def export_model(
@@ -446,8 +469,12 @@ def resolved_recipe(report: Report, passes: str | None) -> str:
 
 
 def _learned_weights(recipe: Mapping[str, Any]) -> Path | None:
-    """The file with the weights of a report's learned score."""
-    score = recipe["settings"].get("score")
+    """The file with the weights of a report's learned score, or of its learned patterns."""
+    settings = recipe["settings"]
+    for pattern in map(parse, settings.get("pattern", {}).values()):
+        if getattr(pattern, "weights", None):
+            return Path(pattern.weights)
+    score = settings.get("score")
     weights = score.get("learned", {}).get("weights") if isinstance(score, dict) else None
     return Path(weights) if weights else None
 
@@ -456,7 +483,9 @@ def _moved(data: Any, old: str, new: str) -> Any:
     """Plain data with a path in it replaced."""
     if isinstance(data, dict):
         return {key: _moved(value, old, new) for key, value in data.items()}
-    return new if data == old else data
+    if isinstance(data, list):
+        return [_moved(value, old, new) for value in data]
+    return data.replace(old, new) if isinstance(data, str) else data
 
 
 def _resolved_passes(recipe: str) -> str | None:
@@ -533,7 +562,7 @@ def _earlier_files(out: Path) -> list[str]:
     except (OSError, TokenoptError):
         return []
     built = (f"model{target.suffix}" for target in TARGETS.values())
-    ours = {PROGRAM, RECIPE, REPORT, SCORER, "model.onnx.data", *built}
+    ours = {PROGRAM, RECIPE, REPORT, PAGE, SCORER, "model.onnx.data", *built}
     return sorted(ours.intersection(files))
 
 

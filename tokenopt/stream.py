@@ -89,6 +89,7 @@ class StreamRewriter:
         self.learned: set[fx.Node] = set()
         self.seen: dict[fx.Node, _Version | None] = {}
         self.version: _Version | None = None
+        self.versions: list[_Version] = []
         counts = ((n, _count_of(n)) for n in editor.graph.nodes if axes.results(n))  # not those of this very pass
         self.counted = {n: kind for n, kind in counts if kind is not None}
         self.before = self._count_before()
@@ -132,6 +133,18 @@ class StreamRewriter:
         if origins is not None and self.position == "keep":
             positions = self.editor.insert(last_of(positions, origins), aten.gather.default, origins, 1, positions)
         add_output(self.editor.program, positions, "positions")
+
+    def return_stages(self) -> None:
+        """Two more outputs for each reduction that leaves something, of the tokens as this pass found them.
+
+        ``kept SITE`` is the token that each one left stands at, int64 [B, left]. Of each token, ``merged SITE`` is the
+        one left that it is part of, or, where tokens are dropped, ``nearest SITE`` the one most like it, int64 [B, N].
+        """
+        for version, edit in zip(self.versions, self.edits, strict=True):
+            if version.count:
+                add_output(self.editor.program, self._index(version), f"kept {edit.site}")
+                kind = "nearest" if version.plan.fuse == "drop" else "merged"
+                add_output(self.editor.program, self._map(version), f"{kind} {edit.site}")
 
     def _origins(self, segment: Terms) -> fx.Node | None:
         """Which original each token of a segment stands for that an earlier pass reduced, [B, its length]."""
@@ -730,6 +743,7 @@ class StreamRewriter:
             self.version.size = kept
         self.value[region.after] = (back(reduced), self.version)
         self.restored.pop(region.after, None)
+        self.versions.append(self.version)
         self.edits.append(Edit(self.spec, region.site.id, total, total - have + count))
         if region.until is not None:
             self.until.add(region.until)

@@ -436,7 +436,10 @@ def attention(axes: Axes, node: fx.Node) -> Dims:
     return (*lead, dq[-2], dv[-1])
 
 
-@axis_rule("tokenopt.tiled_attention tokenopt.neighborhood_attention")
+@axis_rule("tokenopt.tiled_attention tokenopt.neighborhood_attention tokenopt.pooled_attention "
+           "tokenopt.pooled_tiled_attention tokenopt.agent_attention tokenopt.region_attention "
+           "tokenopt.block_sparse_attention tokenopt.routed_attention tokenopt.predicted_attention "
+           "tokenopt.sorted_attention")  # fmt: skip
 def patterned(axes: Axes, node: fx.Node) -> Dims:
     """Attention whose tables name positions: every token has to be where it was."""
     query, key, value = node.args[:3]
@@ -449,6 +452,19 @@ def patterned(axes: Axes, node: fx.Node) -> Dims:
     for operand, dims in ((query, dq), (key, dk)):
         axes.effect(node, operand, len(dims) - 1, EffectKind.LAYOUT, "attention contracts it")
     return (*dq[:-1], dv[-1])
+
+
+@axis_rule("tokenopt.tile_bias")
+def tiled_bias(axes: Axes, node: fx.Node) -> Dims:
+    bias, shape = node.args[0], axes.shape(node.meta["val"])
+    dims = axes.of(bias)
+    for dim in range(max(len(dims) - 2, 0), len(dims)):
+        if length(dims[dim]) > 1:
+            axes.effect(node, bias, dim, EffectKind.LAYOUT, "an attention pattern reads it as a grid")
+    lead = [() if size == 1 else axes.fresh(size, node, i) for i, size in enumerate(shape[:2])]
+    if len(dims) == 4:
+        lead = [d if length(d) == size else own for d, size, own in zip(dims[:2], shape[:2], lead, strict=True)]
+    return (*lead, *(axes.fresh(size, node, i) for i, size in enumerate(shape[2:], 2)))
 
 
 axis_rule("aten.outer", "i, j -> i j")
@@ -814,7 +830,9 @@ def given_segments(axes: Axes, node: fx.Node) -> Any:
 
 @axis_rule("tokenopt.best_partners tokenopt.shared_threshold tokenopt.partition_energy tokenopt.patch_variance "
            "tokenopt.patch_entropy tokenopt.token_map tokenopt.nearest_tokens tokenopt.grid_interpolation "
-           "tokenopt.shares tokenopt.take_tokens")  # fmt: skip
+           "tokenopt.shares tokenopt.take_tokens tokenopt.block_route tokenopt.predict_route tokenopt.sorted_places "
+           "tokenopt.routed_attention_bias tokenopt.predicted_attention_bias "
+           "tokenopt.sorted_attention_bias")  # fmt: skip
 def numbers(axes: Axes, node: fx.Node) -> Any:
     _reduces(axes, node)
     return _results(axes, node)

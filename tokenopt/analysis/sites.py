@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from math import prod
 
 import torch
 from torch import Tensor, fx
 
+from tokenopt import ops
 from tokenopt.analysis.attention import SOFTMAX, match_attention, unmatched_products
 from tokenopt.analysis.axes import AxisMap
 from tokenopt.analysis.terms import Cat, Factor, Terms, factors, length
-from tokenopt.errors import Refusal
+from tokenopt.errors import Refusal, UsageError
 from tokenopt.graph import module_path
 from tokenopt.program import Program
 
@@ -84,6 +86,11 @@ class AttentionSite:
     def raised(self) -> bool:
         return self.refusal is None
 
+    @property
+    def known(self) -> bool:
+        """Whether it is an operation of attention: dense, or in tiles after a pattern."""
+        return self.node.target in ops.attentions()
+
 
 def find_sites(axes: AxisMap) -> tuple[list[AttentionSite], list[TokenAxis]]:
     """Every attention of a program in order (raised or not), and the token axes they run over.
@@ -108,7 +115,7 @@ def find_sites(axes: AxisMap) -> tuple[list[AttentionSite], list[TokenAxis]]:
         return token_axes[terms]
 
     for node in program.graph.nodes:
-        if node.target is torch.ops.tokenopt.attention.default:
+        if node.target in ops.attentions():
             query, key = axes.dims(node.args[0]), axes.dims(node.args[1])
             shape = node.args[0].meta["val"].shape
             axis, other = query[-2], key[-2]
@@ -121,8 +128,12 @@ def find_sites(axes: AxisMap) -> tuple[list[AttentionSite], list[TokenAxis]]:
             ):
                 kind = "joint"
             heads = shape[1] if len(shape) >= 4 and isinstance(shape[1], int) else 1
-            sites.append(AttentionSite(unique(node), node, kind, token_axis, length(axis), length(other), heads,
-                                       int(shape[-1]), causal=_is_causal(program, node)))  # fmt: skip
+            site = AttentionSite(unique(node), node, kind, token_axis, length(axis), length(other), heads,
+                                 int(shape[-1]), causal=_is_causal(program, node))  # fmt: skip
+            if node.target is not torch.ops.tokenopt.attention.default:
+                why = "its attention has a pattern, whose tables name the places of all tokens"
+                site = replace(site, refusal=Refusal(site.id, why, "the pattern at other sites: sites=..."))
+            sites.append(site)
         elif node.target in SOFTMAX and node in axes.data:
             match = match_attention(axes, node)
             if match is None:
@@ -136,6 +147,29 @@ def find_sites(axes: AxisMap) -> tuple[list[AttentionSite], list[TokenAxis]]:
             refusal = Refusal(module_path(node) or node.name, why, "it stays as it is")
             sites.append(_unraised(unique(node), node, kind, refusal, node.meta["val"]))
     return sites, list(token_axes.values())
+
+
+def with_grid(sites: list[AttentionSite], grid: tuple[int, ...]) -> list[AttentionSite]:
+    """The sites, those over a segment of that many tokens with its grid, where the graph does not show it.
+
+    Raises:
+        UsageError: if no tokens form it.
+    """
+    chosen, fits = [], False
+    for site in sites:
+        axis = site.axis
+        if axis is not None:
+            segments = tuple(
+                replace(s, grid=grid) if s.length == prod(grid) and not s.protected else s for s in axis.segments
+            )
+            fits |= segments != axis.segments or any(s.grid == grid for s in segments)
+            site = replace(site, axis=replace(axis, segments=segments))
+        chosen.append(site)
+    if not fits:
+        segments = [s.axis.reducible for s in sites if s.axis is not None]
+        lengths = ", ".join(map(str, sorted({s.length for s in segments if s is not None})))
+        raise UsageError(f"no tokens form a grid of {' x '.join(map(str, grid))}", why=f"there are {lengths}")
+    return chosen
 
 
 def _is_causal(program: Program, node: fx.Node) -> bool:

@@ -197,10 +197,8 @@ class Band(Mask):
     Attributes:
         axis: the axis of the band, negative from the last.
         width: distance that is still seen.
-        decay: axis along which the width is halved for every ``step`` of distance, as in radial attention.
+        decay: axis along which the width is halved for every ``step`` of distance.
         step: see decay.
-
-    Source: Li et al., Radial Attention, arXiv:2506.19852 (decay of the width with the distance in time).
     """
 
     width: int
@@ -225,6 +223,43 @@ class Band(Mask):
         for axis in (self.axis, self.decay):
             if axis is not None and not -len(layout.grid) <= axis < len(layout.grid):
                 raise Refused(f"there is no axis {axis} on a grid of {len(layout.grid)}", "axis=-1 is the last")
+
+
+@dataclass(frozen=True, repr=False)
+class Radial(Mask):
+    """Each query sees a window of its own and other frames that is halved whenever the distance in time doubles.
+
+    With s tokens per frame and ``r = 2 ** floor(log2(max(|i - j|, 1)))``, the token at place k of frame i sees that at
+    place l of frame j where ``|k - l| + 1 <= width * s / r``, or where k = l and |i - j| is a multiple of ceil(r / s).
+
+    Attributes:
+        width: the window of near frames, as a share of a frame.
+        sink: so many first frames are seen by all.
+
+    Source: Li et al., Radial Attention, arXiv:2506.19852, sec. 4.2.
+    """
+
+    width: float = 1.0
+    sink: int = 1
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.width < 0 or self.sink < 0:
+            raise UsageError(f"{self} has no width or sink", hint="Radial(width=1.0, sink=1)")
+
+    def allows(self, query: Tokens, key: Tokens) -> Tensor:
+        size = prod(query.grid[1:])
+        (i, k), (j, l) = ((t.coords[0], t.raster() % size) for t in (query, key))  # noqa: E741
+        away = (i[:, None] - j).abs()
+        octave = torch.bitwise_left_shift(torch.ones_like(away), away.clamp(min=1).float().log2().int())
+        apart = (k[:, None] - l).abs()
+        near = apart + 1 <= self.width * size / octave
+        same = (apart == 0) & (away % ((octave + size - 1) // size) == 0)
+        return near | same | (j < self.sink)
+
+    def check(self, layout: Layout) -> None:
+        if len(layout.grid) != 3:
+            raise Refused("it needs a grid of frames, rows and columns", "Neighborhood")
 
 
 @dataclass(frozen=True, repr=False)
@@ -288,6 +323,27 @@ class BlockMap(Mask):
 
     def tilings(self, layout: Layout) -> Iterator[Tensor]:
         yield from box_tilings((layout.count,), (), [(self.block,)])
+
+
+@dataclass(frozen=True, repr=False)
+class Diagonal(Mask):
+    """Each query sees the anti-diagonals of the grid up to its own: what is generated one anti-diagonal at a time.
+
+    Source: He et al., Neighboring Autoregressive Modeling, arXiv:2503.10696.
+    """
+
+    def allows(self, query: Tokens, key: Tokens) -> Tensor:
+        return sum(key.coords) <= sum(query.coords)[:, None]
+
+    def check(self, layout: Layout) -> None:
+        if len(layout.grid) < 2:
+            raise Refused("anti-diagonals need a grid of two axes", "Neighborhood(..., causal=True)")
+
+    def tilings(self, layout: Layout) -> Iterator[Tensor]:
+        number = sum(layout.at(torch.arange(layout.start, layout.start + layout.count)).coords)
+        order = number.sort(stable=True).indices
+        for tiling in box_tilings((layout.count,)):
+            yield order[tiling]
 
 
 @dataclass(frozen=True, repr=False)

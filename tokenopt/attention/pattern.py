@@ -5,7 +5,7 @@ from __future__ import annotations
 import ast
 import inspect
 from collections.abc import Iterator, Sequence
-from dataclasses import MISSING, dataclass, fields, replace
+from dataclasses import MISSING, dataclass, field, fields, replace
 from functools import cache, partial
 from itertools import product
 from types import UnionType
@@ -37,6 +37,10 @@ class Lowered:
         ideal, tile, predicted: speed-up of this attention over dense attention if only seen pairs cost anything, if
             every computed pair costs as much as a dense one, and by the cost model.
         tiles: the tables, where the operation is attention in tiles: a bias of the attention is cut along them.
+        inputs: operands that the program's user gives: (name of the input, shape without the batch, dtype) by the names
+            of the operation's arguments.
+        dense: name of an operation on the same operands that gives the bias under which dense attention equals it,
+            where that depends on the content.
     """
 
     op: str
@@ -46,6 +50,8 @@ class Lowered:
     tile: float
     predicted: float
     tiles: Any = None
+    inputs: dict[str, tuple[str, tuple[int, ...], torch.dtype]] = field(default_factory=dict)
+    dense: str = ""
 
 
 class Pattern:
@@ -82,6 +88,23 @@ class Pattern:
         """
         raise NotImplementedError
 
+    def whole(self, layout: Layout, lowered: Lowered) -> Lowered:
+        """What it was lowered to, computed in the same way with all keys: dense attention. Only of a subset."""
+        raise NotImplementedError
+
+    @property
+    def unfitted(self) -> bool:
+        """Whether it has to be fitted on data before it can be lowered."""
+        return False
+
+    def fit(self, layout: Layout, query: Tensor, key: Tensor) -> tuple[Pattern, dict[str, Tensor]]:
+        """The pattern fitted on queries and keys [B, H, N, D] of one attention, and its weights by name.
+
+        Where there are weights, the pattern has the fields ``weights``, the file they are in, and ``site``, the number
+        of the attention that they are for.
+        """
+        raise NotImplementedError
+
     @classmethod
     def summary(cls) -> str:
         return (inspect.getdoc(cls) or "").split("\n")[0]
@@ -114,6 +137,13 @@ class Mask(Pattern):
         from tokenopt.attention.tiles import tile
 
         return tile(self, layout).lowered()
+
+    def whole(self, layout: Layout, lowered: Lowered) -> Lowered:
+        """The same tiles, each with all keys."""
+        from tokenopt.attention.masks import Full
+        from tokenopt.attention.tiles import tile_as
+
+        return tile_as(Full(), layout, lowered.tiles.queries).lowered()
 
     def allows(self, query: Tokens, key: Tokens) -> Tensor:
         """bool [Q, K]: whether each query on the grid sees each key on the grid; elsewhere it does not matter."""
@@ -422,7 +452,7 @@ def parse(text: str | Pattern) -> Pattern:
 
 def names() -> list[str]:
     """The patterns there are."""
-    return sorted(n for n, c in Pattern._known.items() if not n.startswith("_") and n not in ("Mask", "Or", "And"))
+    return sorted(n for n in Pattern._known if not n.startswith("_") and n not in ("Learned", "Mask", "Or", "And"))
 
 
 def _evaluate(node: ast.expr, depth: int = 0) -> Any:
@@ -469,4 +499,6 @@ def _fits(value: Any, wanted: Any) -> bool:
         return isinstance(value, tuple) and all(_fits(v, get_args(wanted)[0]) for v in value)
     if wanted in (int, bool):
         return type(value) is wanted and abs(value) < 2**31
+    if wanted is float:
+        return type(value) in (float, int)
     return not isinstance(wanted, type) or isinstance(value, wanted)

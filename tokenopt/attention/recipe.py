@@ -18,9 +18,11 @@ class AttentionRecipe:
         name, summary, paper: what it is called, does, and where it was published.
         pattern: of all sites, or of each of some: a pattern, its text, or a mapping of sites to patterns.
         sites: which attentions, counted from 0: "all", "0,2,-1", or a slice such as "::2".
+        grid: the grid that their tokens form in raster order, where the graph does not show it: (height, width), or
+            with frames first.
 
     Raises:
-        UsageError: for a text that is no pattern, or sites that are none.
+        UsageError: for a text that is no pattern, sites that are none, or a grid that is none.
     """
 
     name: str
@@ -28,12 +30,18 @@ class AttentionRecipe:
     paper: str
     pattern: Pattern | str | Mapping[str, Pattern | str]
     sites: str = "all"
+    grid: tuple[int, ...] | None = None
 
     def __post_init__(self) -> None:
         given = self.pattern if isinstance(self.pattern, Mapping) else {self.sites: self.pattern}
         object.__setattr__(self, "pattern", {str(where): parse(p) for where, p in given.items()})
         for where in self.pattern:
             site_numbers(where, 1)
+        if self.grid is not None:
+            sizes = tuple(self.grid) if isinstance(self.grid, (list, tuple)) else ()
+            if not 0 < len(sizes) < 4 or not all(type(n) is int and n > 0 for n in sizes):
+                raise UsageError(f"not a grid: {self.grid!r}", hint="(height, width), or (frames, height, width)")
+            object.__setattr__(self, "grid", sizes)
 
     def __hash__(self) -> int:
         return hash((self.name, repr(self.pattern)))
@@ -44,13 +52,13 @@ class AttentionRecipe:
         return found[-1] if found else None
 
     def with_settings(self, settings: Mapping[str, Any]) -> AttentionRecipe:
-        """This recipe with settings changed: ``pattern``, ``sites``, or a field of its patterns such as ``window``.
+        """This recipe with settings changed: ``pattern``, ``sites``, ``grid``, or a field of its patterns.
 
         Raises:
             UsageError: for a setting that no pattern has.
         """
-        whole = {key: value for key, value in settings.items() if key in ("pattern", "sites")}
-        recipe = replace(self, **whole) if "pattern" in whole else self
+        whole = {key: value for key, value in settings.items() if key in ("pattern", "sites", "grid")}
+        recipe = replace(self, **whole) if "pattern" in whole else replace(self, grid=whole.get("grid", self.grid))
         if "sites" in whole:
             if len(recipe.pattern) > 1:
                 why = f"it has patterns for {', '.join(recipe.pattern)}"
@@ -62,7 +70,7 @@ class AttentionRecipe:
                 changed = {where: with_field(p, key, value) for where, p in recipe.pattern.items()}
                 if not any(key in field_names(p) for p in recipe.pattern.values()):
                     known = sorted({f for p in recipe.pattern.values() for f in field_names(p)})
-                    hint = f"its settings: {', '.join(['pattern', 'sites', *known])}"
+                    hint = f"its settings: {', '.join(['pattern', 'sites', 'grid', *known])}"
                     raise UsageError(f"recipe {self.name} has no setting {key!r}", hint=hint)
                 recipe = replace(recipe, pattern=changed)
         return recipe
@@ -73,14 +81,15 @@ class AttentionRecipe:
     def to_dict(self) -> dict[str, Any]:
         """Plain data that `from_dict` reads back."""
         return {"name": self.name, "summary": self.summary, "paper": self.paper,
-                "pattern": {where: repr(p) for where, p in self.pattern.items()}}  # fmt: skip
+                "pattern": {where: repr(p) for where, p in self.pattern.items()},
+                **({"grid": list(self.grid)} if self.grid else {})}  # fmt: skip
 
     @staticmethod
     def from_dict(data: Mapping[str, Any]) -> AttentionRecipe:
         """Raises: UsageError for unknown or missing keys, or what is no pattern."""
-        unknown = sorted(set(data) - {"name", "summary", "paper", "pattern", "sites"})
+        unknown = sorted(set(data) - {"name", "summary", "paper", "pattern", "sites", "grid"})
         if unknown:
-            keys = "name, summary, paper, pattern, sites"
+            keys = "name, summary, paper, pattern, sites, grid"
             raise UsageError(f"an attention recipe has no key {unknown[0]!r}", hint=keys)
         if not {"name", "pattern"} <= set(data):
             raise UsageError("an attention recipe needs a name and a pattern")

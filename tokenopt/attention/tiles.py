@@ -68,19 +68,24 @@ class Tiles:
     def predicted(self) -> float:
         """Speed-up of attention by the cost model."""
         rows = len(self.rows) * self.layout.total
-        cost = _cost(*self.queries.shape[1:], self.keys.shape[2], self.mask is not None)
+        cost = tile_cost(*self.queries.shape[1:], self.keys.shape[2], self.mask is not None)
         return self.layout.total**2 / (rows + cost)
 
-    def lowered(self) -> Lowered:
-        """The call of ``tokenopt::tiled_attention``."""
+    @property
+    def tensors(self) -> dict[str, Tensor]:
+        """The tables as operands of ``tokenopt::tiled_attention``."""
         tensors = {"queries": self.queries, "keys": self.keys, "order": self.order, "rows": self.rows}
         if self.mask is not None:
-            tensors["mask"] = additive(self.mask[0] if len(self.mask) == 1 else self.mask)
+            tensors["mask"] = additive(self.mask)
         if self.row_mask is not None:
             tensors["row_mask"] = additive(self.row_mask)
         if self.absent is not None:
             tensors["absent"] = self.absent.log()
-        return Lowered("tiled_attention", tensors, {}, self.ideal, self.tile, self.predicted, self)
+        return tensors
+
+    def lowered(self) -> Lowered:
+        """The call of ``tokenopt::tiled_attention``."""
+        return Lowered("tiled_attention", self.tensors, {}, self.ideal, self.tile, self.predicted, self)
 
 
 def additive(mask: Tensor) -> Tensor:
@@ -88,7 +93,8 @@ def additive(mask: Tensor) -> Tensor:
     return torch.zeros(mask.shape).masked_fill_(~mask, float("-inf"))
 
 
-def _cost(tiles: int, queries: int, keys: int, masked: bool) -> float:
+def tile_cost(tiles: int, queries: int, keys: int, masked: bool) -> float:
+    """What attention in tiles costs, in pairs of dense attention."""
     pair = _MASKED if masked else _PAIR
     return tiles * (queries * (keys * pair + _QUERY) + keys * _KEY + _TILE)
 
@@ -155,7 +161,7 @@ def _best_tiling(pattern: Mask, layout: Layout) -> tuple[Tensor, int]:
     for tiling in _distinct(pattern.tilings(layout)):
         queries = tiling + layout.start
         width, masked = _width(pattern, layout, queries)
-        cost = _cost(*queries.shape, width, masked)
+        cost = tile_cost(*queries.shape, width, masked)
         if best is None or cost < best[0]:
             best = cost, queries, width
     assert best is not None, "every pattern has a tiling"

@@ -333,7 +333,9 @@ class _Fit:
         result.sensitivity = _sensitivity(problem) if layerwise else []
         result.gate, result.latency, result.interrupted = rows, latency, self.interrupted
         blind = self._blind(layerwise)
-        result.random = blind.evaluate(schedule) if blind is not None else None
+        if blind is not None:
+            result.random = blind.evaluate(schedule)
+            blind.save()
         if held_out is not None:
             result.held_out = self._held_out(result, blind, held_out)
         result.passes, result.seconds = problem.passes, time.perf_counter() - start
@@ -437,7 +439,7 @@ class _Fit:
             try:
                 schedule = self._search(aim)
             except BudgetError:
-                if not tried or not self.keep_best:
+                if not tried:
                     raise
                 break
             schedule, rows = self._gated(schedule)

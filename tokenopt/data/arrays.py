@@ -22,15 +22,15 @@ def load_arrays(path: str | os.PathLike[str]) -> dict[str, Tensor]:
     ``.npy`` and ``.safetensors`` are mapped into memory, so that only what is used is read; ``.npz`` is read whole.
 
     Raises:
-        UsageError: for another suffix.
+        UsageError: if there is no such file, or it has another suffix.
         TokenoptError: if the file is not what its suffix says, or holds Python objects.
     """
     path = Path(path)
-    if path.suffix not in SUFFIXES:
+    if not path.exists():
+        raise UsageError("there is no such data file or folder", where=str(path))
+    if path.suffix not in SUFFIXES or not path.is_file():
         hint = f"a folder of images, or one of: {', '.join(SUFFIXES)}"
         raise UsageError("input arrays come in another format", where=str(path), hint=hint)
-    if not path.is_file():
-        raise UsageError("there is no such data file", where=str(path))
     try:
         if path.suffix == ".safetensors":
             from safetensors.torch import load_file

@@ -10,11 +10,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from tokenopt.data.arrays import fixed_rows, load_arrays
+from tokenopt.data.arrays import fixed_rows, load_arrays, row_inputs
 from tokenopt.data.images import image_input
-from tokenopt.data.preprocessing import Preprocessing
+from tokenopt.data.preprocessing import Model, Preprocessing
 from tokenopt.data.sources import (
     Arrays,
     Batch,
@@ -79,7 +79,7 @@ class Dataset:
         """
         fixed = None if any(_dynamic(spec) for spec in self.inputs) else fixed_rows(self.inputs)
         if fixed is None:
-            return self.source.read(self.rows, size)
+            return self.source.read(self.rows, size if any(row_inputs(self.inputs)) else 1)
         if len(self) < fixed:
             why = f"the model takes {fixed} at a time"
             raise UsageError(f"there are too few samples: {len(self)}", where=self.source.name, why=why)
@@ -142,9 +142,7 @@ class Dataset:
         return UsageError(what, where=self.source.name, why=why + left_out)
 
 
-def find_preprocessing(
-    data: Any, model: nn.Module | str | os.PathLike[str] | None, inputs: Sequence[InputSpec], **given: Any
-) -> Preprocessing | None:
+def find_preprocessing(data: Any, model: Model, inputs: Sequence[InputSpec], **given: Any) -> Preprocessing | None:
     """`Preprocessing.resolve` for a folder of images; None for other data.
 
     Args:

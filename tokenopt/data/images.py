@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -45,19 +45,18 @@ def list_folder(path: Path) -> Folder:
 
     Raises:
         UsageError: if there are images beside class folders, or none at all.
+        TokenoptError: if a folder cannot be read.
     """
     found = Folder(path)
-    folders = [p for p in _entries(path) if p.is_dir()]
-    _add(found, (p for p in _entries(path) if not p.is_dir()), None)
-    if not folders:
-        pass
-    elif found.files:
+    entries = _entries(path)
+    folders = [p for p in entries if p.is_dir()]
+    _add(found, [p for p in entries if not p.is_dir()], None)
+    if folders and found.files:
         why = f"{len(found.files)} images ({found.files[0].name}) are beside {len(folders)} folders ({folders[0].name})"
         raise UsageError("the images are neither flat nor in one folder per class", where=str(path), why=why)
-    else:
-        for label, folder in enumerate(folders):
-            found.classes.append(folder.name)
-            _add(found, _entries(folder), label)
+    for label, folder in enumerate(folders):
+        found.classes.append(folder.name)
+        _add(found, _entries(folder), label)
     if not found.files:
         why = f"it holds {found.bad[0][0].name}, {found.bad[0][1]}" if found.bad else "it is empty"
         hint = f"images end in one of: {', '.join(SUFFIXES)}"
@@ -134,10 +133,13 @@ def image_input(inputs: Sequence[InputSpec], where: str) -> tuple[str, tuple[int
 
 
 def _entries(path: Path) -> list[Path]:
-    return sorted((p for p in path.iterdir() if not p.name.startswith(".")), key=lambda p: p.name)
+    try:
+        return sorted((p for p in path.iterdir() if not p.name.startswith(".")), key=lambda p: p.name)
+    except OSError as error:
+        raise TokenoptError("the folder cannot be read", where=str(path), why=error.strerror) from error
 
 
-def _add(found: Folder, paths: Iterator[Path] | list[Path], label: int | None) -> None:
+def _add(found: Folder, paths: list[Path], label: int | None) -> None:
     for path in paths:
         if path.is_dir():
             found.bad.append((path, "a folder in the folder of a class"))

@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from PIL.Image import Image
 
 Size = tuple[int, int]  # height, width
+Model = nn.Module | str | os.PathLike[str] | None  # what may say how its images are made
 
 FITS = ("cover", "contain", "stretch")
 INTERPOLATIONS = ("nearest", "lanczos", "bilinear", "bicubic", "box", "hamming")  # as Pillow numbers them
@@ -95,9 +96,7 @@ class Preprocessing:
     # -- where it comes from ---------------------------------------------------------------------------------------
 
     @classmethod
-    def resolve(cls, model: nn.Module | str | os.PathLike[str] | None, size: Size | None, **given: Any) -> (
-        Preprocessing | None
-    ):  # fmt: skip
+    def resolve(cls, model: Model, size: Size | None, **given: Any) -> Preprocessing | None:
         """What the model says, with the fields of ``given`` that are not None instead; or those alone.
 
         Without a model that says anything, mean and std are needed; the crop is the model's input by default, and the
@@ -111,7 +110,12 @@ class Preprocessing:
             None if the model says nothing, and nothing is given.
         """
         given = {name: value for name, value in given.items() if value is not None}
-        found = cls.from_model(model, size)
+        try:
+            found = cls.from_model(model, size)
+        except UsageError:  # whose hint are these options
+            if not {"mean", "std"} <= given.keys():
+                raise
+            found = None
         options = ", ".join(f"--{name}" for name in ("mean", "std", "resize", "crop") if name in given)
         if found is not None:
             return replace(found, **given, source=f"{found.source}, {options}") if given else found
@@ -123,7 +127,7 @@ class Preprocessing:
         return cls(**{"crop": crop, "resize": crop, **given}, source=options)
 
     @classmethod
-    def from_model(cls, model: nn.Module | str | os.PathLike[str] | None, size: Size | None) -> Preprocessing | None:
+    def from_model(cls, model: Model, size: Size | None) -> Preprocessing | None:
         """What a model of timm carries, or the ``preprocessor_config.json`` of transformers in a directory says.
 
         Args:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import zlib
+from bisect import bisect_left
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -12,7 +13,7 @@ import torch
 from torch import Tensor
 
 from tokenopt.data.arrays import LABELS, check_inputs, check_labels, match_inputs, row_inputs
-from tokenopt.data.images import SKIP_HINT, decode, image_input, list_folder, refuse_bad
+from tokenopt.data.images import SKIP_HINT, decode, image_input, list_folder, pillow, refuse_bad
 from tokenopt.data.preprocessing import HINT, Preprocessing, Size
 from tokenopt.errors import TokenoptError, UsageError
 from tokenopt.program import InputSpec
@@ -101,6 +102,7 @@ class Images(Source):
         cls, path: Path, inputs: tuple[InputSpec, ...], preprocessing: Preprocessing | None, skip_bad: bool
     ) -> Images:
         name = str(path)
+        pillow()  # missing, it is no reason to skip a file
         mode, size = image_input(inputs, name)
         if preprocessing is None:
             raise UsageError("the model does not say how its images are made", where=name, hint=HINT)
@@ -213,35 +215,39 @@ class Stream(Source):
             self.labels = torch.cat(labels)
 
     def read(self, rows: Sequence[int], size: int) -> Iterator[Batch]:
-        wanted, start, kept = torch.tensor(rows), 0, []
+        start, kept = 0, []
         for batch in self._batches(known=True):
-            count = check_inputs(batch.inputs, _any_batches(self.inputs))
-            for row in (wanted[(wanted >= start) & (wanted < start + count)] - start).tolist():
-                kept.append(_slice(batch, row, self.inputs))
+            end = start + check_inputs(batch.inputs, _any_batches(self.inputs))
+            for row in rows[bisect_left(rows, start) : bisect_left(rows, end)]:
+                kept.append(_slice(batch, row - start, self.inputs))
                 if len(kept) == size:
                     yield _join(kept, self)
                     kept = []
-            start += count
+            start = end
             if start > rows[-1]:
                 break
+        if start <= rows[-1]:
+            raise self._changed(f"it ended after {start} samples")
         if kept:
             yield _join(kept, self)
 
     def _batches(self, known: bool) -> Iterator[Batch]:
         for index, item in enumerate(self.make()):
-            where = f"{self.name}, item {index}"
-            batch, _ = read_item(item, self.inputs, where)
+            batch, _ = read_item(item, self.inputs, f"{self.name}, item {index}")
             digest = zlib.crc32(batch.inputs[0].contiguous().flatten().view(torch.uint8).numpy())
             if not known:
                 self.digests.append(digest)
             elif index >= len(self.digests) or self.digests[index] != digest:
-                raise UsageError(
-                    "the data is not the same when it is read again",
-                    where=where,
-                    why="what was fitted on and what is held out could not be told apart",
-                    hint="DataLoader(shuffle=False), and no random augmentation",
-                )
+                raise self._changed(f"item {index} is another one")
             yield batch
+
+    def _changed(self, why: str) -> UsageError:
+        return UsageError(
+            "the data is not the same when it is read again",
+            where=self.name,
+            why=f"{why}: what was fitted on and what is held out could not be told apart",
+            hint="DataLoader(shuffle=False), and no random augmentation",
+        )
 
 
 def _any_batches(inputs: Sequence[InputSpec]) -> list[InputSpec]:
@@ -258,10 +264,14 @@ def _slice(batch: Batch, row: int, inputs: Sequence[InputSpec]) -> Batch:
 
 def _join(batches: Sequence[Batch], source: Source) -> Batch:
     """Several batches as one, in the dtypes of the program."""
-    columns = zip(zip(*(b.inputs for b in batches), strict=True), row_inputs(source.inputs), strict=True)
+    tensors, rows = [], row_inputs(source.inputs)
+    for spec, batched, *parts in zip(source.inputs, rows, *(b.inputs for b in batches), strict=True):
+        if not batched and not all(torch.equal(part, parts[0]) for part in parts[1:]):
+            why = "it has no dimension for samples, and is the same for all of a batch"
+            raise UsageError(f"the data for input {spec.name!r} differs between samples", where=source.name, why=why)
+        tensors.append(torch.cat(parts) if batched else parts[0])
     labels = [b.labels for b in batches if b.labels is not None]
-    joined = torch.cat(labels) if len(labels) == len(batches) else None
-    return source._batch((torch.cat(parts) if batched else parts[-1] for parts, batched in columns), joined)
+    return source._batch(tensors, torch.cat(labels) if len(labels) == len(batches) else None)
 
 
 # -- items of iterables ----------------------------------------------------------------------------------------------

@@ -16,14 +16,13 @@ import itertools
 import math
 from collections.abc import Iterator
 
-import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
 from tokenopt.errors import UsageError
 from tokenopt.kernels import online, tuning
-from tokenopt.kernels.online import accumulate, finish, initial, load_rows, scores
+from tokenopt.kernels.online import accumulate, finish, initial, load_rows, scores, supported  # noqa: F401  (a part of the module: see ops/native.py)
 
 Axes = tuple[int, int, int]
 
@@ -94,15 +93,6 @@ def neighborhood_attention(
             num_stages=config.num_stages,
         )
     return out
-
-
-def supported(query: Tensor, key: Tensor, value: Tensor, key_bias: Tensor | None = None) -> bool:
-    """Whether `neighborhood_attention` takes these tensors: on an NVIDIA GPU from compute capability 8.0 on."""
-    taken = (torch.float16, torch.bfloat16, torch.float32)
-    widest = max(query.shape[-1], value.shape[-1])
-    if query.dim() != 4 or query.dtype not in taken or widest > 256 or torch.version.cuda is None:
-        return False
-    return torch.cuda.get_device_capability(query.device) >= (8, 0)
 
 
 def check_windows(
@@ -182,21 +172,35 @@ def boxes(
     queries, keys: their volumes, powers of two. Of equals those that are longest along the last axis are taken.
     """
 
-    @functools.cache
-    def visits(axis: int, box: int, block: int) -> int:
-        """Blocks of keys along an axis, over all tiles."""
-        total = 0
-        for group in range(dilation[axis]):
-            length = (grid[axis] - group - 1) // dilation[axis] + 1
-            for first in range(0, length, box):
-                last = min(first + box, length) - 1
-                begin = _interval(first, length, window[axis], stride[axis], causal[axis])[0]
-                end = _interval(last, length, window[axis], stride[axis], causal[axis])[1]
-                total += triton.cdiv(end - begin, block)
-        return total
-
+    axes = (grid, window, stride, dilation, causal)
     pairs = itertools.product(_factorings(queries), _factorings(keys))
-    return min(pairs, key=lambda pair: math.prod(visits(axis, pair[0][axis], pair[1][axis]) for axis in range(3)))
+    return min(pairs, key=lambda pair: visited_blocks(*axes, *pair))
+
+
+def visited_blocks(
+    grid: Axes,
+    window: Axes,
+    stride: Axes,
+    dilation: Axes,
+    causal: tuple[bool, bool, bool],
+    query_box: Axes,
+    key_box: Axes,
+) -> int:
+    """Blocks of keys that all tiles of queries of a head visit, borders included."""
+    return math.prod(map(_visits, grid, window, stride, dilation, causal, query_box, key_box))
+
+
+@functools.lru_cache(maxsize=4096)
+def _visits(length: int, window: int, stride: int, dilation: int, causal: bool, box: int, block: int) -> int:
+    """visited_blocks of one axis."""
+    total = 0
+    for group in range(dilation):
+        members = (length - group - 1) // dilation + 1
+        for first in range(0, members, box):
+            begin, _ = _interval(first, members, window, stride, causal)
+            _, end = _interval(min(first + box, members) - 1, members, window, stride, causal)
+            total += triton.cdiv(end - begin, block)
+    return total
 
 
 def _factorings(volume: int) -> Iterator[Axes]:

@@ -49,10 +49,14 @@ def check_operands(query: Tensor, key: Tensor, value: Tensor, key_bias: Tensor |
         refuse(
             f"operands are {query.dtype}, {key.dtype}, {value.dtype}", "one of float16, bfloat16 and float32 for all"
         )
+    if torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in (query, key, value, key_bias)):
+        refuse("the kernels have no backward pass", "torch.no_grad()")
     if key_bias is not None and key_bias.shape != (key.shape[0], key.shape[2]):
         refuse(f"the key bias is {list(key_bias.shape)}, not [batch, keys]")
     if max(query.shape[3], value.shape[3]) > MAX_HEAD_DIM:
         refuse(f"a head has more than {MAX_HEAD_DIM} elements")
+    if query.is_cuda and torch.version.cuda and torch.cuda.get_device_capability(query.device) < (8, 0):
+        refuse("Triton uses no tensor cores on this device", "a device of compute capability 8.0 or newer")
     if not query.is_cuda and not triton.knobs.runtime.interpret:
         refuse(f"operands are on the {query.device.type}", "a CUDA device")
     if not query.is_cuda and query.dtype == torch.bfloat16:
@@ -60,9 +64,18 @@ def check_operands(query: Tensor, key: Tensor, value: Tensor, key_bias: Tensor |
     if not scale > 0:
         refuse(f"scale is {scale}; the running maximum is taken before scaling", "a positive scale")
     for operand in (query, key, value):
-        # offsets within a head are 32 bits wide, as the registers for 64 are missed elsewhere
+        # offsets within a head are 32 bits wide: those of 64 take two registers each
         if (operand.shape[2] - 1) * operand.stride(2) + (operand.shape[3] - 1) * operand.stride(3) >= 2**31:
             refuse("a head spans 2^31 elements or more of memory")
+
+
+def supported(query: Tensor, key: Tensor, value: Tensor, key_bias: Tensor | None = None) -> bool:
+    """Whether a kernel takes these operands."""
+    try:
+        check_operands(query, key, value, key_bias, 1.0)
+    except UsageError:
+        return False
+    return True
 
 
 def empty_output(query: Tensor, tokens: int, value: Tensor) -> Tensor:

@@ -11,7 +11,7 @@ import argparse
 import functools
 import itertools
 import json
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -84,24 +84,27 @@ def _table() -> dict[str, Any]:
 
 def candidates(bits: int, head_dim: int) -> Iterator[Config]:
     """What is worth measuring."""
-    for queries, keys, warps, stages in itertools.product((64, 128), (32, 64, 128), (4, 8), (1, 2, 3, 4)):
-        # the stages of keys and values and the queries must fit in the 227 KB of sm_90, or launching fails anyway
-        if (2 * keys * stages + queries) * head_dim * bits // 8 <= 227 * 1024 and queries * warps <= 128 * 8:
+    for (queries, warps), keys, stages in itertools.product(((64, 4), (128, 4), (128, 8)), (32, 64, 128), (2, 3)):
+        # the queries and the stages of keys and values must fit in the 227 KB that the largest devices have
+        if (2 * keys * stages + queries) * head_dim * bits // 8 <= 227 * 1024:
             yield Config(queries, keys, warps, stages)
 
 
-def tune(path: Path = TABLE, *, dtypes: tuple[torch.dtype, ...] = (torch.float16, torch.bfloat16)) -> None:
+def tune(
+    path: Path = TABLE, *, dtypes: Sequence[torch.dtype] = (torch.float16,), head_dims: Sequence[int] = (64,)
+) -> None:
     """Measures every candidate on the current CUDA device and writes the table with a row per problem to path.
 
-    A candidate that does not fit the device is skipped. Times are medians of triton.testing.do_bench.
+    A candidate that does not fit the device is skipped. Times are medians of triton.testing.do_bench. Compiling takes
+    most of the time: there are about 400 kernels per element type and head dim.
     """
     import triton
     from triton.testing import do_bench
 
     device = torch.device("cuda", torch.cuda.current_device())
-    capability = 10 * torch.cuda.get_device_capability(device)[0] + torch.cuda.get_device_capability(device)[1]
+    major, minor = torch.cuda.get_device_capability(device)
     table = json.loads(TABLE.read_text())
-    for dtype, dim in itertools.product(dtypes, (32, 64, 80, 128)):
+    for dtype, dim in itertools.product(dtypes, head_dims):
         for kernel, tokens, window, run in _problems(device, dtype, dim):
             times: dict[Config, float] = {}
             for config in candidates(torch.finfo(dtype).bits, dim):
@@ -110,7 +113,7 @@ def tune(path: Path = TABLE, *, dtypes: tuple[torch.dtype, ...] = (torch.float16
                 except triton.runtime.errors.OutOfResources:
                     continue
             best = min(times, key=times.__getitem__)
-            asked = _problem(kernel, capability, dtype, dim, tokens, window)
+            asked = _problem(kernel, 10 * major + minor, dtype, dim, tokens, window)
             row = {
                 "if": asked,
                 "use": asdict(best),
@@ -162,4 +165,7 @@ def _problems(
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description="Measures the attention kernels on the current GPU.")
     parser.add_argument("--out", type=Path, default=TABLE, help="where the table is written; default: %(default)s")
-    tune(parser.parse_args().out)
+    parser.add_argument("--dtypes", nargs="+", default=["float16"], choices=["float16", "bfloat16", "float32"])
+    parser.add_argument("--head-dims", nargs="+", type=int, default=[64])
+    options = parser.parse_args()
+    tune(options.out, dtypes=[getattr(torch, name) for name in options.dtypes], head_dims=options.head_dims)

@@ -15,6 +15,7 @@
 #include <cstring>
 #include <limits>
 #include <memory>
+#include <new>
 #include <system_error>
 #include <thread>
 #include <vector>
@@ -31,8 +32,8 @@ constexpr int LANES = 4, QUERIES = 8, BLOCKS = 3, ROWS = 4;
 #else
 constexpr int LANES = 4, QUERIES = 4, BLOCKS = 3, ROWS = 2;
 #endif
-constexpr int COLUMNS = 4;    // vectors of a value row that one weighted sum takes
-constexpr int MAX_RUN = 32;   // queries of a run
+constexpr int COLUMNS = 4;          // vectors of a value row that one weighted sum takes
+constexpr int MAX_RUN = 32;         // queries of a run
 constexpr int64_t CACHE = 1 << 20;  // bytes of panels that a task may use before it is cut
 constexpr double WORTH = 1 << 20;   // multiplications that take longer than starting a thread
 
@@ -125,7 +126,7 @@ inline void transpose(Floats (&x)[LANES]) {
 
 inline int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
-// 2**x to 2e-7, relative; 0 below 2**-126, so that minus infinity gives 0; not a number stays that.
+// 2**x to 1e-7, relative; 0 below 2**-126, so that minus infinity gives 0; not a number stays that.
 inline Floats exp2(Floats x) {
     const float round = 12582912.0f;  // 1.5 * 2**23: adding it leaves the nearest integer in the low bits
     Floats shifted = x + round;
@@ -238,7 +239,8 @@ struct Sums {
     int64_t extra;
 };
 
-// out[q][...] += weights[q][key] * value[key][...], over keys [first, last) of every line and all extra keys
+// out[q] = factor[q] * the sum of weights[q][key] * values[key], over keys [first, last) of every line and all extra
+// keys. These are the keys of Q queries together: a weight is 0 where a query does not see the key.
 template <int Q, int C>
 void weigh(const Sums& s, int64_t column, const float* factor, float* const* out, int64_t value_dim) {
     Floats sum[Q][C];
@@ -305,13 +307,13 @@ struct Plan {
     // The run with the fewest operations: long ones share panels, short ones compute fewer scores outside of windows.
     void choose_run() {
         int64_t n = axes[2].members(0);
-        double lines_per_window = double(axes[0].members(0)) * axes[1].members(0), best = 0;
+        double lines = double(axes[0].members(0)) * axes[1].members(0), best = 0;
         for (int64_t length = QUERIES / 2; length <= MAX_RUN; length += QUERIES / 2) {
             int64_t count = ceil_div(n, length), even = ceil_div(n, count);
             int64_t vectors = ceil_div(axes[2].span(even), LANES);
             int64_t padded = ceil_div(even, QUERIES / 2) * (QUERIES / 2);
-            double pack = 8.0 * vectors, compute = 0.5 * padded * window_lines * vectors;
-            double cost = count * lines_per_window * (pack + compute);
+            double pack = 8.0 * vectors, compute = 0.5 * padded * window_lines * vectors;  // cycles / dim, measured
+            double cost = count * lines * (pack + compute);
             if (length == QUERIES / 2 || cost < best) best = cost, run = even, runs = count, blocks = vectors;
         }
     }
@@ -322,7 +324,7 @@ struct Plan {
     void choose_tiles() {
         for (int a = 0; a < 2; ++a) tile[a] = axes[a].members(0);
         int64_t bytes = blocks * LANES * (p.dim + width) * sizeof(float);
-        for (;;) {
+        for (;;) {  // smaller, until the panels fit the cache and there is work for all threads
             for (int a = 0; a < 2; ++a) tiles[a] = ceil_div(axes[a].members(0), tile[a]);
             tasks = p.batch * p.heads * groups[0] * groups[1] * groups[2] * runs * tiles[0] * tiles[1];
             bool large = key_lines() * bytes > CACHE && tile[1] >= 2 * axes[1].window;
@@ -369,6 +371,7 @@ struct Workspace {
 
 constexpr float LOG2E = 1.44269504f;
 
+// What a thread is at. Coordinates i, j, k and lines are counted inside a dilation group.
 struct Task {
     const Plan& plan;
     const Problem& p;
@@ -378,7 +381,7 @@ struct Task {
 
     Task(const Plan& plan, Workspace& workspace) : plan(plan), p(plan.p), w(workspace) {}
 
-    // Token of a grid position that is counted inside the dilation group, from the start of the grid.
+    // Token of a position, from the start of the grid.
     int64_t place(int64_t i, int64_t j, int64_t k) const {
         const int64_t at[] = {i, j, k};
         int64_t token = 0;
@@ -386,7 +389,8 @@ struct Task {
         return token;
     }
 
-    // `count` tokens, `step` apart -> panels, values and biases of ceil(count / LANES) blocks
+    // `count` tokens -> panels of ceil(count / LANES) blocks, rows of values, biases. What the buffers hold beyond them
+    // is not read, or hidden by `soften`.
     template <class Token>
     void pack(int64_t count, Token token, float* keys, float* values, float* biases) {
         for (int64_t from = 0; from < count; from += LANES) {
@@ -412,7 +416,7 @@ struct Task {
         auto visit = [&](float* at, const float* biases, int64_t from, int64_t to) {
             Floats x = load(at);
             if (bias) x += load(biases);
-            x = (lane >= (int32_t)from) & (lane < (int32_t)to) ? x : fill(none);
+            x = ((lane >= (int32_t)from) & (lane < (int32_t)to)) ? x : fill(none);
             store(at, x);
             top = max(top, x);
         };
@@ -491,6 +495,7 @@ struct Task {
              w.values + at * plan.width, w.bias + at);
     }
 
+    // The queries [k, k + count) of the line at i, j.
     void attend(int64_t i, int64_t j, int64_t k, int64_t count, const int64_t* low, const int64_t* high,
                 const int64_t* first, const int64_t* last, float* out) {
         const int64_t line = plan.blocks * LANES;

@@ -35,8 +35,19 @@ def references() -> dict[Any, Callable[..., Any]]:
 
 def attentions() -> set[Any]:
     """The operations that are attention of (query, key, value, ...): dense, and every pattern's."""
-    names = ("attention", "tiled_attention", "neighborhood_attention")
-    return {getattr(torch.ops.tokenopt, name).default for name in names}
+    names = ("", "tiled_", "neighborhood_", "pooled_", "pooled_tiled_", "agent_", "region_", "block_sparse_", "routed_",
+             "predicted_", "sorted_")  # fmt: skip
+    return {getattr(torch.ops.tokenopt, f"{name}attention").default for name in names}
 
 
-from tokenopt.ops import attention, mix, score, select, tiles, tokens  # noqa: E402, F401  (they register themselves)
+from tokenopt.ops import (  # noqa: E402, F401  (they register themselves)
+    attention,
+    lowrank,
+    mix,
+    regions,
+    routed,
+    score,
+    select,
+    tiles,
+    tokens,
+)

@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from tokenopt.ops import op
+from tokenopt.ops.native import native
 
 
 @op(
@@ -29,14 +30,12 @@ def attention(
     Args:    scale defaults to D ** -0.5.
     Equals:  scaled_dot_product_attention(query, key, value, bias) where key_bias is None.
     """
-    if key_bias is not None:
-        columns = key_bias[:, None, None, :]
-        if bias is None:
-            bias = columns.to(query.dtype)
-        elif bias.dtype is torch.bool:
-            bias = torch.where(bias, columns.to(query.dtype), float("-inf"))
-        else:
-            bias = bias + columns.to(bias.dtype)
+    if key_bias is not None and bias is None and query.dim() == 4:  # a bias keeps torch off its fast kernels
+        compute = native("attention", query, key, value, key_bias)
+        if compute is not None:
+            scale = query.shape[-1] ** -0.5 if scale is None else scale
+            return compute(query, key, value, key_bias, scale=scale, is_causal=is_causal)
+    bias = joined_bias(bias, key_bias, query.dtype)
     rank = query.dim()
     if rank == 4:
         return _sdpa(query, key, value, bias, scale, is_causal)
@@ -50,6 +49,18 @@ def attention(
         bias = bias.expand(*query.shape[:-2], *bias.shape[-2:]).flatten(1, -3)
     q, k, v = (t.flatten(1, -3) for t in (query, key, value))
     return _sdpa(q, k, v, bias, scale, is_causal).unflatten(1, lead)
+
+
+def joined_bias(bias: Tensor | None, key_bias: Tensor | None, dtype: torch.dtype) -> Tensor | None:
+    """A bias on all logits with one on the keys [B, M] in it."""
+    if key_bias is None:
+        return bias
+    columns = key_bias[:, None, None, :]
+    if bias is None:
+        return columns.to(dtype)
+    if bias.dtype is torch.bool:
+        return torch.where(bias, columns.to(dtype), float("-inf"))
+    return bias + columns.to(bias.dtype)
 
 
 def _sdpa(
@@ -82,6 +93,8 @@ def attention_probe(
     Args:    row, count: the query rows [row, row + count).
              is_causal: query i sees the keys up to i; a bias adds to that.
     """
+    if bias is None and (kernel := native("attention_probe", query, key, key_bias)):
+        return kernel(query, key, None, key_bias, row, count, scale=scale, is_causal=is_causal)
     scale = query.shape[-1] ** -0.5 if scale is None else scale
     logits = (query[:, :, row : row + count].float() * scale) @ key.float().transpose(-2, -1)
     if bias is not None:

@@ -14,6 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from tokenopt.ops import op
+from tokenopt.ops.native import native
 
 _ROWS = 64  # of attention probabilities that exist at a time
 
@@ -55,6 +56,9 @@ def attention_received(
     """
     rows, columns = query.shape[2], key.shape[2]
     assert not exclude_self or rows == columns, "without as many keys as queries, no key is a query's own"
+    if bias is None and (kernel := native("attention_received", query, key, key_bias, weight)):
+        settings = {"scale": scale, "is_causal": is_causal, "exclude_self": exclude_self}
+        return kernel(query, key, None, key_bias, weight, **settings)
     scale = query.shape[-1] ** -0.5 if scale is None else scale
     masked = is_causal or bias is not None or key_bias is not None
     keys = key.float().transpose(-2, -1)

@@ -8,6 +8,8 @@ from torch import Tensor
 from tokenopt.ops import native, op
 from tokenopt.ops.attention import attention
 
+_HIDDEN = -3e4  # in every dtype; exp of it is 0
+
 
 @op(
     "(Tensor query, Tensor key, Tensor value, Tensor queries, Tensor keys, Tensor order, Tensor rows, "
@@ -32,7 +34,7 @@ def tiled_attention(
     """Softmax attention of each tile of queries over its own list of keys, and of a few rows over all keys.
 
     Shapes:  query, key [B, H, N, D] · value [B, H, N, E] · queries int64 [h, T, Q] · keys int64 [h, T, K] ·
-             order int64 [h, N] · rows int64 [R] · mask [T, Q, K], [H, T, Q, K] or [B, H or 1, T, Q, K], additive ·
+             order int64 [h, N] · rows int64 [R] · mask [T, Q, K], [H or 1, T, Q, K] or [B, H or 1, T, Q, K], additive ·
              row_mask broadcast to [B, H, R, N], additive · absent [h, T, Q] · key_bias [B, N]  ->  [B, H, N, E];
              h is H, or 1 where all heads share the tables
     Args:    queries, keys: positions in the sequence. A query may be in several places; its result is one of them.
@@ -57,7 +59,7 @@ def tiled_attention(
         column = absent.to(query.dtype).unsqueeze(-1).expand(*bias.shape[: max(bias.dim() - 4, 0)], -1, -1, -1, 1)
         lead = torch.broadcast_shapes(bias.shape[:-1], column.shape[:-1])
         bias = torch.cat([bias.expand(*lead, -1), column.expand(*lead, -1)], -1)
-    out = _attend(q, k, v, bias, scale)
+    out = attend(q, k, v, bias, scale)
     out = out.flatten(2, 3)
     if rows.shape[0]:
         few = attention(query.index_select(2, rows), key, value, row_mask, key_bias, scale=scale)
@@ -100,7 +102,7 @@ def neighborhood_attention(
     Equals:  attention(query, key, value) where the window is the grid.
     Source:  Hassani et al., Generalized Neighborhood Attention, arXiv:2504.16922.
     """
-    compute = native.kernel("neighborhood_attention", query, key, value, key_bias)
+    compute = native.native("neighborhood_attention", query, key, value, key_bias)
     if compute is None:
         return tiled_attention(query, key, value, queries, keys, order, rows, mask, None, None, key_bias, scale=scale)
     scale = query.shape[-1] ** -0.5 if scale is None else scale
@@ -117,11 +119,15 @@ def neighborhood_attention(
 def tile_bias(bias: Tensor, queries: Tensor, keys: Tensor) -> Tensor:
     """The part of a bias on all logits that each tile of `tiled_attention` needs, additive.
 
+    What it hides is hidden by a large finite number: a window of nothing but padding would otherwise be a softmax of
+    nothing, which is not a number in most runtimes, and spreads from there.
+
     Shapes:  bias broadcast to [B, H, N, N], additive or boolean (True is visible) · queries [h, T, Q] · keys [h, T, K]
              ->  [B or 1, H or 1, T, Q or 1, K]
     """
     if bias.dtype is torch.bool:
-        bias = torch.zeros_like(bias, dtype=torch.float32).masked_fill(~bias, float("-inf"))
+        bias = torch.zeros_like(bias, dtype=torch.float32).masked_fill(~bias, _HIDDEN)
+    bias = bias.clamp(min=_HIDDEN)
     bias = bias.reshape(*[1] * (4 - bias.dim()), *bias.shape)
     total = bias.shape[-1]
     pairs = keys.unsqueeze(2) if bias.shape[-2] == 1 else keys.unsqueeze(2) + total * queries.unsqueeze(3)
@@ -146,12 +152,13 @@ def _flat(index: Tensor, count: int) -> Tensor:
     return (index + first).flatten()
 
 
-def _attend(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None, scale: float) -> Tensor:
+def attend(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None, scale: float) -> Tensor:
     """Attention of rank 5, [B, H, T, Q, D], by one of rank 4: heads become batch where they share the mask."""
     batch, heads, tiles = q.shape[:3]
     shared = bias is None or bias.dim() < 4 or (bias.shape[-4] == 1 and (bias.dim() == 4 or bias.shape[0] == 1))
     if shared:
-        bias = bias if bias is None else bias.reshape(1, *bias.shape[-3:])
+        if bias is not None and bias.dim() != 4:  # of constants, exporters store what a reshape makes once per layer
+            bias = bias.reshape(1, *bias.shape[-3:])
         q, k, v = (x.flatten(0, 1) for x in (q, k, v))
     else:
         rank5 = bias if bias.dim() == 5 else bias.unsqueeze(0)

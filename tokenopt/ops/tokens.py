@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from tokenopt.ops import op
+from tokenopt.ops.native import native
 
 
 def _rows(x: Tensor, index: Tensor) -> Tensor:
@@ -48,6 +49,9 @@ def match_bipartite(metric: Tensor, r: int, start: int, stop: int) -> tuple[Tens
     Source:  Bolya et al., Token Merging, arXiv:2210.09461, sec. 3 and appendix D.
     """
     total = metric.shape[1]
+    kernel = native("match_bipartite", metric)
+    if kernel is not None and total <= 2**14:  # it sorts within one program
+        return kernel(metric, r, start, stop)
     first_a, first_b = start + start % 2, start + 1 - start % 2
     unit = metric[:, start:stop].float()
     unit = unit / unit.norm(dim=-1, keepdim=True).clamp_min(1e-12)
@@ -89,6 +93,8 @@ def merge_tokens(
     Source:  Bolya et al., arXiv:2210.09461, sec. 3 (weights are sizes); Liang et al., EViT, arXiv:2202.07800, eq. 4
              (weights are attention, not normalised).
     """
+    if kernel := native("merge_tokens", x, weight, index, src, dst):
+        return kernel(x, weight, index, src, dst, normalize)
     dtype = x.dtype
     if dtype in (torch.float16, torch.bfloat16):
         x = x.float()  # sizes beyond 256 are not exact in bfloat16

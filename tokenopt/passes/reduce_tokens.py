@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, replace
-from math import prod
 from typing import Any, ClassVar
 
 import torch
@@ -13,7 +12,7 @@ from torch import fx
 from tokenopt import recipes
 from tokenopt.analysis.axes import AxisMap, propagate
 from tokenopt.analysis.cuts import StreamCut, contains, find_cuts
-from tokenopt.analysis.sites import AttentionSite, Segment, find_sites
+from tokenopt.analysis.sites import AttentionSite, Segment, find_sites, with_grid
 from tokenopt.analysis.terms import Terms, length
 from tokenopt.errors import IllegalReduction, Refusal, UsageError
 from tokenopt.graph import GraphEditor
@@ -44,6 +43,7 @@ class ReduceTokens(Pass):
         settings: fields of the recipe to change.
         short_outputs: outputs that carry tokens keep the reduced ones.
         neutral: insert the reductions, but let them remove nothing.
+        stages: also return, for each reduction, which tokens stay and which one each goes to; for looking, not for use.
 
     Rewrite:  x = x + attn(x); y = mlp(x)  ->  x = x + attn(x); x', size = merge_tokens(x, ...); y = mlp(x')
     """
@@ -54,6 +54,7 @@ class ReduceTokens(Pass):
     settings: Mapping[str, Any] = field(default_factory=dict, hash=False)
     short_outputs: bool = False
     neutral: bool = False
+    stages: bool = False
 
     def resolved(self) -> tuple[TokenRecipe, Schedule]:
         """The recipe and the schedule that this pass stands for."""
@@ -75,7 +76,7 @@ class ReduceTokens(Pass):
         axes = propagate(program)
         sites, _ = find_sites(axes)
         if recipe.grid is not None:
-            sites = _with_grid(sites, recipe.grid)
+            sites = with_grid(sites, recipe.grid)
         own = [s for s in sites if s.kind in ("self", "joint")]
         place = recipe.place
         cuts, refusals = find_cuts(axes, sites, paying=place.streams)
@@ -131,6 +132,8 @@ class ReduceTokens(Pass):
             rewriter.return_source()
         if recipe.positions:
             rewriter.return_positions()
+        if self.stages:
+            rewriter.return_stages()
         result.edits += rewriter.edits
         result.refusals += rewriter.refusals
 
@@ -179,25 +182,6 @@ def _too_short(count: int, counts: Iterable[int], place: Place) -> tuple[str, st
     if not isinstance(place, Attention) or not place.downsample or count * place.downsample**2 >= longest:
         return None
     return f"its {count} tokens are fewer than the {longest} of the longest sequence", "place=attention reduces all"
-
-
-def _with_grid(sites: list[AttentionSite], grid: tuple[int, ...]) -> list[AttentionSite]:
-    """The sites, those over a segment of that many tokens with its grid."""
-    chosen, fits = [], False
-    for site in sites:
-        axis = site.axis
-        if axis is not None:
-            segments = tuple(
-                replace(s, grid=grid) if s.length == prod(grid) and not s.protected else s for s in axis.segments
-            )
-            fits |= segments != axis.segments or any(s.grid == grid for s in segments)
-            site = replace(site, axis=replace(axis, segments=segments))
-        chosen.append(site)
-    if not fits:
-        segments = [s.axis.reducible for s in sites if s.axis is not None]
-        lengths = ", ".join(map(str, sorted({s.length for s in segments if s is not None})))
-        raise UsageError(f"no tokens form a grid of {' x '.join(map(str, grid))}", why=f"there are {lengths}")
-    return chosen
 
 
 def _with_segment(cuts: list[StreamCut], name: str) -> list[StreamCut]:

@@ -12,12 +12,12 @@ from torch import Tensor, fx
 import tokenopt.ops  # noqa: F401  (registers the operations)
 from tokenopt import recipes
 from tokenopt.analysis.axes import propagate
-from tokenopt.analysis.sites import AttentionSite, Segment, find_sites
+from tokenopt.analysis.sites import AttentionSite, Segment, find_sites, with_grid
+from tokenopt.analysis.terms import Factor
 from tokenopt.attention.layout import Layout
-from tokenopt.attention.masks import Full
 from tokenopt.attention.pattern import Lowered, Mask, Pattern, Refused
-from tokenopt.attention.recipe import AttentionRecipe
-from tokenopt.attention.tiles import additive, reference_mask, tile_as
+from tokenopt.attention.recipe import AttentionRecipe, site_numbers
+from tokenopt.attention.tiles import absent_keys, additive, reference_mask
 from tokenopt.errors import Refusal, UsageError
 from tokenopt.graph import GraphEditor
 from tokenopt.pipeline import Pass, PassResult
@@ -37,14 +37,16 @@ class SparsifyAttention(Pass):
         pattern: text of a pattern, or a pattern.
         recipe: name, file, mapping or value of a recipe, instead of a pattern.
         sites: which attentions a pattern is for: all, numbers or a slice.
+        grid: of the tokens, where the graph does not show it.
         min_speedup: of one attention, by the cost model; 0 takes every site.
-        form: "tiles"; "identity" computes the same tiles with all keys, and "dense" masks dense attention: what the
-            other two are checked against.
+        form: "tiles"; "identity" computes the same tiles with all keys, and "dense" masks dense attention, by what the
+            content chooses where the pattern depends on it: what the other two are checked against.
     """
 
     pattern: Any = None
     recipe: Any = None
     sites: str = "all"
+    grid: Any = None
     min_speedup: float = MIN_SPEEDUP
     form: str = "tiles"
     name: ClassVar[str] = "sparsify-attention"
@@ -56,21 +58,28 @@ class SparsifyAttention(Pass):
         if self.form not in _FORMS:
             raise UsageError(f"there is no form {self.form!r}", hint=f"one of {', '.join(_FORMS)}")
         if self.pattern is not None:
-            return AttentionRecipe(str(self.pattern), "", "", self.pattern, str(self.sites))
+            return AttentionRecipe(str(self.pattern), "", "", self.pattern, str(self.sites), self.grid)
         recipe = recipes.get(self.recipe)
         if not isinstance(recipe, AttentionRecipe):
             raise UsageError(f"recipe {recipe} reduces tokens", hint="use the pass reduce-tokens")
-        return recipe
+        given = {"sites": None if self.sites == "all" else self.sites, "grid": self.grid}
+        return recipe.with_settings({key: value for key, value in given.items() if value is not None})
 
     def identity(self) -> SparsifyAttention:
-        """The same tiles, each with all keys: equals dense attention, where the pattern is a mask."""
+        """The same tiles, each with all keys: equals dense attention, where the pattern is a subset of its softmax."""
         return replace(self, form="identity")
 
     def plan(self, program: Program) -> list[Choice]:
         """What the pass would do at each attention, in order, without doing it."""
         recipe = self.resolved()
-        raised = [s for s in find_sites(propagate(program))[0] if s.raised]
-        chosen = ((s, recipe.pattern_at(i, len(raised))) for i, s in enumerate(raised))
+        sites = [s for s in find_sites(propagate(program))[0] if s.known]
+        if recipe.grid is not None:
+            sites = with_grid(sites, recipe.grid)
+        for where in recipe.pattern:
+            if sites and not site_numbers(where, len(sites)):
+                why = f"there are {len(sites)} attentions, numbered from 0"
+                raise UsageError(f"no attention has the number {where}", why=why, hint="all, 0,2,-1 or ::2")
+        chosen = ((s, recipe.pattern_at(i, len(sites))) for i, s in enumerate(sites))
         return [self._choice(site, pattern) for site, pattern in chosen if pattern is not None]
 
     def _choice(self, site: AttentionSite, pattern: Pattern) -> Choice:
@@ -78,8 +87,8 @@ class SparsifyAttention(Pass):
         try:
             layout = layout_of(site)
             lowered = _lowered(pattern, layout)
-            if lowered.tiles is None and (site.node.args[3:] and site.node.args[3] is not None or site.causal):
-                raise Refused("the attention has a mask or a bias, and this pattern takes none", "a window takes one")
+            if lowered.tiles is None and (missing := _missing(lowered, site)):
+                raise Refused(f"the attention has {missing}, and this pattern takes none", "a window takes one")
             if lowered.predicted < self.min_speedup:
                 why = f"{lowered.predicted:.2f}x is predicted for this attention, and {self.min_speedup:g}x asked for"
                 hint = "a smaller window or a larger input; --min-speedup 0 takes it all the same"
@@ -126,15 +135,33 @@ class Choice:
 
 
 @lru_cache(maxsize=64)
-def _lowered(pattern: Pattern, layout: Layout) -> Lowered:
+def _shared(pattern: Pattern, layout: Layout) -> Lowered:
     """Layers that are alike share their tables."""
     return pattern.lower(layout)
 
 
+def _lowered(pattern: Pattern, layout: Layout) -> Lowered:
+    """What is read from a file is read again."""
+    return pattern.lower(layout) if getattr(pattern, "weights", None) else _shared(pattern, layout)
+
+
 @lru_cache(maxsize=8)
-def _whole(layout: Layout, pattern: Mask) -> Lowered:
-    """The tiles of a pattern, each with all keys: dense attention."""
-    return tile_as(Full(), layout, _lowered(pattern, layout).tiles.queries).lowered()
+def _whole(pattern: Pattern, layout: Layout) -> Lowered:
+    return pattern.whole(layout, _lowered(pattern, layout))
+
+
+def _missing(lowered: Lowered, site: AttentionSite) -> str:
+    """What an attention has that the operation does not take."""
+    takes = {a.name for a in getattr(torch.ops.tokenopt, lowered.op).default._schema.arguments}
+    if site.causal and "causal" not in takes:
+        return "a causal mask"
+    if len(site.node.args) > 4 and site.node.args[4] is not None and "key_bias" not in takes:
+        return "sizes of merged tokens"
+    return "a mask or a bias" if _bias(site) is not None and "bias" not in takes else ""
+
+
+def _bias(site: AttentionSite) -> fx.Node | None:
+    return site.node.args[3] if len(site.node.args) > 3 else None
 
 
 def layout_of(site: AttentionSite) -> Layout:
@@ -150,13 +177,22 @@ def layout_of(site: AttentionSite) -> Layout:
     if len(site.node.meta["val"].shape) != 4:
         raise Refused("its operands have more dimensions than batch and heads", "flatten the others into the batch")
     if site.axis.length != site.queries:
-        raise Refused(f"its {site.queries} tokens are not those of one axis", "")
+        raise Refused(f"its {site.queries} tokens are not those of one axis", "give each sequence an attention")
     segment = _main(site)
     if segment.special:
         raise Refused(f"{len(segment.special)} special tokens lie between the others", "keep them in front")
     grid = segment.grid if segment.grid and len(segment.grid) < 4 else (segment.length,)
+    if segment.grid is None and not _in_order(segment):
+        why = f"its {segment.length} tokens are not in the order of a grid"
+        raise Refused(why, "before reductions; or grid=[h, w], if they are")
     segments = tuple((s.name, s.start, s.length) for s in site.axis.segments)
     return Layout(site.queries, segment.start, grid, segments, site.heads, site.head_dim, site.causal)
+
+
+def _in_order(segment: Segment) -> bool:
+    """Whether tokens without a grid are a sequence as it was given: not what a reduction left, nor windows."""
+    (first, *others) = segment.terms or (None,)
+    return not others and isinstance(first, Factor) and not str(first.origin.target).startswith("tokenopt")
 
 
 def _main(site: AttentionSite) -> Segment:
@@ -177,8 +213,13 @@ class _Sparsifier(GraphEditor):
         scale = node.kwargs.get("scale")
         if isinstance(pattern, Mask) and self.form == "dense":
             new = self._dense(node, pattern, layout, query, key, value, bias, key_bias, scale)
+        elif lowered.dense and self.form == "dense":
+            called = replace(lowered, op=lowered.dense)
+            mask = self._call(node, called, query, key, value, bias, key_bias, scale)
+            attention = torch.ops.tokenopt.attention.default
+            new = self.insert(mask, attention, query, key, value, mask, like=node, scale=scale)
         else:
-            called = _whole(layout, pattern) if isinstance(pattern, Mask) and self.form == "identity" else lowered
+            called = _whole(pattern, layout) if pattern.subset and self.form == "identity" else lowered
             new = self._call(node, called, query, key, value, bias, key_bias, scale)
         self.replace(node, new)
 
@@ -192,8 +233,12 @@ class _Sparsifier(GraphEditor):
             name: self.shared(name, t.to(dtype) if t.dtype.is_floating_point else t)
             for name, t in lowered.tensors.items()
         }
+        tensors |= {name: self.input(*given) for name, given in lowered.inputs.items()}
         settings = dict(lowered.settings)
-        if bias is not None:  # a bias is the attention's own: kernels that read the grid in place take none
+        if bias is not None and lowered.tiles is None:
+            if not (settings.get("causal") and self._only_causal(bias)):
+                tensors["bias"] = bias
+        elif bias is not None:  # a bias is the attention's own: kernels that read the grid in place take none
             op, settings = "tiled_attention", {}
             tensors |= self._biased(node, lowered, bias, tensors)
         if key_bias is not None:
@@ -204,6 +249,18 @@ class _Sparsifier(GraphEditor):
         while args and args[-1] is None:
             args.pop()
         return self.insert(node.prev, target, query, key, value, *args, like=node, scale=scale, **settings)
+
+    def _only_causal(self, bias: fx.Node) -> bool:
+        """Whether a mask hides what comes after a query, and nothing else, for all samples."""
+        while bias.target in (torch.ops.aten.expand.default, torch.ops.aten.unsqueeze.default):
+            bias = bias.args[0]
+        value = self.program.constant(bias)
+        if value is None:
+            return False
+        past = torch.ones(value.shape[-2:], dtype=torch.bool).tril()
+        if value.dtype is torch.bool:
+            return bool((value == past).all())
+        return bool((value[..., past] == 0).all()) and bool((value[..., ~past] < -1e4).all())
 
     def _biased(self, node: fx.Node, lowered: Lowered, bias: fx.Node, tensors: dict[str, Any]) -> dict[str, fx.Node]:
         """Mask of the tiles and of the rows with the attention's bias in it."""
@@ -238,7 +295,12 @@ class _Sparsifier(GraphEditor):
     ) -> fx.Node:  # fmt: skip
         """Dense attention, masked by the pattern's own words."""
         after, dtype = node.prev, query.meta["val"].dtype
-        mask = self.shared("pattern", additive(reference_mask(pattern, layout))[None].to(dtype))
+        seen, absent = additive(reference_mask(pattern, layout)), absent_keys(pattern, layout)
+        if absent is not None:  # one key more, zero, for all that are beyond the border
+            seen = torch.cat([seen.expand(len(absent), -1, -1), absent.log()[..., None]], -1)
+            key, value = (self._padded(x, 0, 0, 0, 1) for x in (key, value))
+            key_bias = None if key_bias is None else self._padded(key_bias, 0, 1)
+        mask = self.shared("pattern", seen[None].to(dtype))
         if bias is not None:
             if bias.meta["val"].dtype is torch.bool:
                 everywhere = (torch.arange(layout.total)[None, None],) * 2
@@ -247,9 +309,14 @@ class _Sparsifier(GraphEditor):
                 bias = self.insert(bias, torch.ops.aten.squeeze.dim, bias, 2)
                 bias = self.insert(bias, torch.ops.aten._to_copy.default, bias, dtype=dtype)
             after = after if bias is node.args[3] else bias
+            if absent is not None and bias.meta["val"].shape[-1] > 1:
+                after = bias = self._padded(bias, 0, 1)
             mask = self.insert(after, torch.ops.aten.add.Tensor, mask, bias, like=node)
         attention = torch.ops.tokenopt.attention.default
         return self.insert(node.prev, attention, query, key, value, mask, key_bias, like=node, scale=scale)
+
+    def _padded(self, x: fx.Node, *pads: int) -> fx.Node:
+        return self.insert(x, torch.ops.aten.constant_pad_nd.default, x, list(pads))
 
     def shared(self, name: str, value: Tensor) -> fx.Node:
         """A constant of the program; equal ones are one."""

@@ -1,0 +1,186 @@
+"""drop-layers against models whose forward is written by hand."""
+
+from __future__ import annotations
+
+import copy
+from pathlib import Path
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from tokenopt import capture, runtimes
+from tokenopt.cost import program_flops
+from tokenopt.errors import UsageError
+from tokenopt.passes.drop_layers import DropLayers
+from tokenopt.passes.fold_constants import FoldConstants
+from tokenopt.passes.raise_attention import RaiseAttention
+from tokenopt.passes.remove_dead import RemoveDead
+from tokenopt.pipeline import Pipeline, PipelineResult, _options
+from tokenopt.program import Program
+
+WIDTH, HEADS, LAYERS, TEXT, PATCHES = 16, 2, 3, 5, 16
+
+
+class Reader(nn.Module):
+    """A causal model that reads four tokens of a prompt, 4 x 4 patches of an image, and five tokens of text."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.prompt = nn.Parameter(torch.randn(1, 4, WIDTH))
+        self.patches, self.words = nn.Conv2d(3, WIDTH, 4, 4), nn.Embedding(11, WIDTH)
+        self.norms = nn.ModuleList(nn.LayerNorm(WIDTH) for _ in range(2 * LAYERS))
+        self.qkv = nn.ModuleList(nn.Linear(WIDTH, 3 * WIDTH) for _ in range(LAYERS))
+        self.out = nn.ModuleList(nn.Linear(WIDTH, WIDTH) for _ in range(LAYERS))
+        self.up = nn.ModuleList(nn.Linear(WIDTH, 2 * WIDTH) for _ in range(LAYERS))
+        self.down = nn.ModuleList(nn.Linear(2 * WIDTH, WIDTH) for _ in range(LAYERS))
+        self.phase = nn.Parameter(torch.randn(4 + PATCHES + TEXT, WIDTH // HEADS))
+        self.attention: set[int] = set()
+        self.mlp: set[int] = set()
+        self.heads: set[tuple[int, int]] = set()
+        self.only = slice(None)
+        self.causal = self.seen = True
+
+    def forward(self, image: Tensor, text: Tensor) -> Tensor:
+        patches = self.patches(image).flatten(2).transpose(1, 2)
+        x = torch.cat([self.prompt.expand(image.shape[0], -1, -1), patches, self.words(text)], 1)
+        for i in range(LAYERS):
+            q, k, v = self.qkv[i](self.norms[2 * i](x)).unflatten(2, (3, HEADS, -1)).permute(2, 0, 3, 1, 4).unbind(0)
+            q, k = q * self.phase, k * self.phase
+            if self.seen or i not in self.attention:
+                heads = F.scaled_dot_product_attention(q, k, v, is_causal=self.causal)
+            else:
+                mask = torch.ones(q.shape[2], q.shape[2], dtype=torch.bool)
+                mask = mask.tril() if self.causal else mask
+                mask[:, self.only] = False
+                heads = F.scaled_dot_product_attention(q, k, v, attn_mask=mask)
+            for layer, head in self.heads:
+                if layer == i:
+                    heads[:, head] = 0
+            x = self._add(x, self.out[i](heads.transpose(1, 2).flatten(2)), i in self.attention)
+            x = self._add(x, self.down[i](F.gelu(self.up[i](self.norms[2 * i + 1](x)))), i in self.mlp)
+        return x
+
+    def _add(self, x: Tensor, update: Tensor, dropped: bool) -> Tensor:
+        if not dropped:
+            return x + update
+        update = update.clone()
+        update[:, self.only] = 0
+        return x + update
+
+
+def inputs(rows: int = 2) -> tuple[Tensor, Tensor]:
+    return torch.randn(rows, 3, 16, 16), torch.randint(0, 11, (rows, TEXT))
+
+
+@pytest.fixture(scope="module")
+def models() -> dict[bool, tuple[Reader, Program]]:
+    """A causal one and one that is not, each with its program."""
+    torch.manual_seed(0)
+    model = Reader().eval()
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(0.2 * torch.randn_like(parameter))
+    other = copy.deepcopy(model)
+    other.causal = False
+    return {m.causal: (m, capture(m, inputs())) for m in (model, other)}
+
+
+@pytest.fixture
+def program(models: dict[bool, tuple[Reader, Program]]) -> Program:
+    return models[True][1]
+
+
+def dropped(program: Program, **options: object) -> PipelineResult:
+    return Pipeline([FoldConstants(), RaiseAttention(), DropLayers(**options), RemoveDead()]).run(program)
+
+
+@pytest.mark.parametrize("segment, only", [("", slice(None)), ("patch", slice(4, 20)), ("text", slice(20, 25))])
+@pytest.mark.parametrize("attention, mlp", [([1], [1]), ([0, 2], []), ([0, 1, 2], [0, 1, 2])])
+@pytest.mark.parametrize("causal", [True, False])
+@torch.no_grad()
+def test_layers(
+    models: dict[bool, tuple[Reader, Program]], segment: str, only: slice, attention: list[int], mlp: list[int],
+    causal: bool,
+) -> None:  # fmt: skip
+    model, program = models[causal]
+    options = {"attention": ",".join(map(str, attention)), "mlp": ",".join(map(str, mlp)), "segment": segment}
+    result = dropped(program, **options)
+    assert not result.refusals
+    model = copy.deepcopy(model)
+    model.attention, model.mlp, model.only = set(attention), set(mlp), only
+    for rows in (1, 3):
+        given = inputs(rows)
+        torch.testing.assert_close(result.program(*given), model(*given), rtol=1e-4, atol=1e-5)
+    assert program_flops(result.program) < program_flops(program)
+
+
+@pytest.mark.parametrize("segment, only", [("patch", slice(4, 20)), ("text", slice(20, 25))])
+@pytest.mark.parametrize("causal", [True, False])
+@torch.no_grad()
+def test_tokens_that_leave(models: dict[bool, tuple[Reader, Program]], segment: str, only: slice, causal: bool) -> None:
+    """From the second layer on the others do not see them: no work is left for them but that of the first."""
+    model, program = models[causal]
+    result = dropped(program, attention="1:", mlp="1:", segment=segment, seen=False)
+    assert not result.refusals
+    model = copy.deepcopy(model)
+    model.attention = model.mlp = {1, 2}
+    model.only, model.seen = only, False
+    for rows in (1, 3):
+        given = inputs(rows)
+        torch.testing.assert_close(result.program(*given), model(*given), rtol=1e-4, atol=1e-5)
+    total, gone = 4 + PATCHES + TEXT, only.stop - only.start
+    work = lambda n: n * (4 + 4) * 2 * WIDTH * WIDTH + 4 * n * n * WIDTH  # noqa: E731
+    assert program_flops(program) - program_flops(result.program) == 2 * (work(total) - work(total - gone))
+
+
+@torch.no_grad()
+def test_work_that_is_left(program: Program) -> None:
+    """Whole layers leave nothing behind; a segment's MLP is computed for the other tokens only."""
+    mlp, total = 2 * 2 * 2 * WIDTH * WIDTH, 4 + PATCHES + TEXT
+    dense = program_flops(program)
+    assert program_flops(dropped(program, mlp="1").program) == dense - total * mlp
+    assert program_flops(dropped(program, mlp="1", segment="patch").program) == dense - PATCHES * mlp
+    empty = dropped(program, attention="all", mlp="all").program
+    assert not any("qkv" in n.name or "up" in n.name for n in empty.graph.nodes)
+    rows = dropped(program, attention="1", segment="patch").program
+    attention = PATCHES * (4 * total * WIDTH + 2 * WIDTH * WIDTH)  # queries and what follows; keys and values stay
+    assert program_flops(rows) == dense - attention
+
+
+@torch.no_grad()
+def test_heads(models: dict[bool, tuple[Reader, Program]]) -> None:
+    model, program = copy.deepcopy(models[True][0]), models[True][1]
+    result = dropped(program, heads="0/1,2/0", mlp=1)
+    model.heads, model.mlp = {(0, 1), (2, 0)}, {1}
+    given = inputs(3)
+    torch.testing.assert_close(result.program(*given), model(*given), rtol=1e-4, atol=1e-5)
+    total = 4 + PATCHES + TEXT
+    less = 2 * 4 * total * total * WIDTH // HEADS
+    assert program_flops(dropped(program, heads="0/1,2/0").program) == program_flops(program) - less
+
+
+def test_what_is_refused(program: Program) -> None:
+    for options, why in (
+        ({"mlp": "1", "segment": "sky"}, "'sky' is no part"), ({"heads": "0/2"}, "it has 2 heads, and not 3"),
+        ({"heads": "1/0,1/1"}, "no head of it would be left"),
+    ):  # fmt: skip
+        result = dropped(program, **options)
+        assert why in result.refusals[0].why and not [e for e in result.edits if "drop" in e.pass_spec]
+    for options in ({"heads": "3/0"}, {"heads": "1"}, {"attention": "first"}):
+        with pytest.raises(UsageError):
+            dropped(program, **options)
+
+
+def test_text_of_the_pass() -> None:
+    options = {"attention": "1:", "mlp": "0,1:30", "heads": "0/1,2/0", "segment": "patch", "seen": False}
+    spec = DropLayers(**options).spec
+    assert spec == "drop-layers{attention=1:,mlp=0,1:30,heads=0/1,2/0,segment=patch,seen=False}"
+    assert _options(spec.split("{")[1].rstrip("}"), "drop-layers") == options
+
+
+@torch.no_grad()
+def test_onnx_runtime(program: Program, tmp_path: Path) -> None:
+    smaller = dropped(program, attention="1", mlp="0,1", segment="patch", heads="2/1").program
+    assert all(c.passed for c in runtimes.get("onnxruntime").build(smaller, tmp_path / "model.onnx").parity)

@@ -1,0 +1,233 @@
+"""drop-layers: attention heads, attention layers and MLPs that add nothing to the stream, for all tokens or some."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+import networkx as nx
+import torch
+from torch import fx
+
+from tokenopt.analysis.axes import AxisMap, propagate, tensor_operands
+from tokenopt.analysis.cuts import StreamCut, contains, decide, find_cuts, offset_in, reduced_length
+from tokenopt.analysis.sites import AttentionSite, Segment, find_sites
+from tokenopt.attention.pattern import Refused
+from tokenopt.attention.recipe import site_numbers
+from tokenopt.errors import Refusal, UsageError
+from tokenopt.graph import GraphEditor
+from tokenopt.pipeline import Pass, PassResult
+from tokenopt.program import Edit, Program
+
+aten = torch.ops.aten
+
+
+@dataclass(frozen=True)
+class DropLayers(Pass):
+    """Lets chosen attentions, heads and MLPs add nothing; what is computed for them alone is removed.
+
+    Rewrite:  x = x + attn(x); x = x + mlp(x)  ->  x
+              with a segment:  x  ->  cat([x + mlp(x) of the tokens before it, x of its own, x + mlp(x) of the others])
+
+    Attributes:
+        attention, mlp: which layers, counted from 0: "all", numbers or a slice; none by default.
+        heads: heads whose output becomes zero, as layer/head: "3/0,3/2,4/1".
+        segment: name of the tokens that attention and MLPs add nothing to: patch, cls, ...; all tokens by default.
+        seen: whether the others still attend to the tokens of the segment in these layers. If not, from a layer to the
+            last, the segment has left the model.
+
+    Source: Zhang et al., Treat Visual Tokens as Text?, arXiv:2410.06169 (heads and layers of visual tokens); Wu et al.,
+        Accelerating Multimodal Large Language Models via Dynamic Visual-Token Exit, arXiv:2411.19628 (with layers that
+        are fixed, and not chosen by its gates).
+    """
+
+    attention: Any = ""
+    mlp: Any = ""
+    heads: str = ""
+    segment: str = ""
+    seen: bool = True
+    name: ClassVar[str] = "drop-layers"
+
+    def run(self, program: Program) -> PassResult:
+        axes = propagate(program)
+        sites = find_sites(axes)[0]
+        layers = [s for s in sites if s.kind in ("self", "joint")]
+        cuts, refusals = find_cuts(axes, sites, paying=False)
+        known = {c.layer: c for c in cuts}
+        why = {r.site: r for r in refusals}
+        editor = _Dropper(axes)
+        result = PassResult()
+        for layer, what, change in reversed(list(self._changes(editor, len(layers)))):  # the last is changed first
+            site = layers[layer]
+            try:
+                if what != "heads" and layer not in known:
+                    found = why[site.id]
+                    raise Refused(found.why, found.hint)
+                change(site, known.get(layer))
+            except Refused as refused:
+                result.refusals.append(Refusal(site.id, f"its {what} cannot be dropped: {refused.why}", refused.hint))
+            else:
+                result.edits.append(Edit(self.spec, f"{site.id} ({what})"))
+        result.edits.reverse()
+        result.refusals.reverse()
+        editor.finish()
+        return result
+
+    def _changes(self, editor: _Dropper, count: int) -> Iterator[tuple[int, str, Any]]:
+        heads = _heads(self.heads, count)
+        attention, mlp = (site_numbers(str(w), count) if str(w) else set() for w in (self.attention, self.mlp))
+        for layer in range(count):
+            if layer in attention:
+                yield layer, "attention", lambda site, cut: editor.drop_attention(site, cut, self.segment, self.seen)
+            elif layer in heads:
+                yield layer, "heads", lambda site, cut, which=heads[layer]: editor.drop_heads(site, which)
+            if layer in mlp:
+                yield layer, "mlp", lambda site, cut: editor.drop_mlp(cut, self.segment)
+
+
+def _heads(text: str, count: int) -> dict[int, set[int]]:
+    found: dict[int, set[int]] = {}
+    for pair in filter(None, (p.strip() for p in str(text).split(","))):
+        layer, slash, head = pair.partition("/")
+        if not (slash and layer.isdigit() and head.isdigit() and int(layer) < count):
+            raise UsageError(f"not a head of one of {count} layers: {pair!r}", hint="heads=3/0,3/2,4/1 is layer/head")
+        found.setdefault(int(layer), set()).add(int(head))
+    return found
+
+
+class _Dropper(GraphEditor):
+    """Takes updates out of the stream, the last of them first: what is before one is as the analysis saw it."""
+
+    def __init__(self, axes: AxisMap) -> None:
+        super().__init__(axes.program)
+        self.axes = axes
+
+    def drop_attention(self, site: AttentionSite, cut: StreamCut, segment: str, seen: bool) -> None:
+        if cut.entry not in cut.after.args[:2] or cut.update not in cut.after.args[:2]:
+            raise Refused("it adds to the stream beside others", "")
+        if not segment:
+            self.replace(cut.after, cut.entry)
+            return
+        where = _segment(cut, segment)
+        new = {cut.entry: self._rest(cut.entry, cut.entry, self._dim(cut.entry, where), where)}
+        if seen:
+            new[site.node] = self._attention_of_rest(site, where)
+        self._put(cut.after, cut.entry, self._recomputed(new, cut.after, where), where)
+
+    def drop_mlp(self, cut: StreamCut, segment: str) -> None:
+        after, leave = cut.after, cut.leave
+        if leave is after or leave.target is not aten.add.Tensor or after not in leave.args[:2]:
+            raise Refused("no residual sum of one MLP follows its attention", "")
+        if not segment:
+            self.replace(leave, after)
+            return
+        where = _segment(cut, segment)
+        rest = self._rest(after, after, self._dim(after, where), where)
+        self._put(leave, after, self._recomputed({after: rest}, leave, where), where)
+
+    def drop_heads(self, site: AttentionSite, heads: set[int]) -> None:
+        node = site.node
+        if site.refusal is not None:
+            raise Refused(site.refusal.why, site.refusal.hint)
+        if max(heads) >= site.heads or any(n.meta["val"].dim() != 4 for n in node.args[:3]):
+            raise Refused(f"it has {site.heads} heads, and not {max(heads) + 1}", "")
+        kept = [h for h in range(site.heads) if h not in heads]
+        if not kept:
+            raise Refused("no head of it would be left", "drop the attention")
+        index = self.constant("kept_heads", torch.tensor(kept))
+        places = torch.full((site.heads,), len(kept))
+        places[kept] = torch.arange(len(kept))
+        operands = list(node.args)
+        for i, operand in enumerate(operands[:4]):
+            shape = operand.meta["val"].shape if operand is not None else ()
+            if len(shape) > 2 and shape[-3] == site.heads:
+                operands[i] = self.insert(node.prev, aten.index_select.default, operand, len(shape) - 3, index)
+        new = self.insert(node.prev, node.target, *operands, like=node, **node.kwargs)
+        padded = self.insert(new, aten.constant_pad_nd.default, new, [0, 0, 0, 0, 0, 1])
+        order = self.constant("head_places", places)
+        self.replace(node, self.insert(padded, aten.index_select.default, padded, 1, order))
+
+    def _attention_of_rest(self, site: AttentionSite, where: Segment) -> fx.Node:
+        """The attention with the queries beside the segment only."""
+        node = site.node
+        query, key, value, bias, *others = (*node.args, None)
+        options = dict(node.kwargs)
+        rows = self._rest(node.prev, query, query.meta["val"].dim() - 2, where)
+        if options.pop("is_causal", False):
+            if bias is not None:
+                raise Refused("it is causal, and has a mask besides", "")
+            causal = torch.ones(site.queries, site.keys, dtype=torch.bool).tril()
+            left = torch.arange(site.queries)
+            left = left[(left < where.start) | (left >= where.start + where.length)]
+            bias = self.constant("causal", causal[left])
+        elif bias is not None and bias.meta["val"].dim() > 1 and bias.meta["val"].shape[-2] == site.queries:
+            bias = self._rest(node.prev, bias, bias.meta["val"].dim() - 2, where)
+        return self.insert(node, node.target, rows, key, value, bias, *others[:1], like=node, **options)
+
+    def _recomputed(self, new: dict[fx.Node, fx.Node], last: fx.Node, where: Segment) -> fx.Node:
+        """A residual sum, and all it is made from behind some nodes, with these nodes in their place."""
+        flow = nx.DiGraph((operand, n) for n in self.graph.nodes for operand in n.all_input_nodes)
+        needed = nx.ancestors(flow, last) | {last}
+        for node in list(self.graph.nodes):
+            replaced = [n for n in tensor_operands(node) if n in new]
+            if node not in needed or node in new or not replaced:
+                continue
+            decision = decide(self.axes, node, where.terms, replaced)
+            if decision.barrier is not None:
+                raise Refused(f"{node.name}: {decision.barrier.why}", "drop it for all tokens")
+            for operand in decision.align:
+                new[operand] = self._aligned(node.prev, operand, where)
+            args = list(fx.map_arg(node.args, lambda n: new.get(n, n)))
+            for literal in decision.literals:
+                size = sum(reduced_length(t, where.terms, 0) for t in literal.lists) * literal.sign
+                _set(args, literal.path, size)
+            kwargs = fx.map_arg(node.kwargs, lambda n: new.get(n, n))
+            new[node] = self.insert(node, node.target, *args, **kwargs)
+        return new[last]
+
+    def _put(self, old: fx.Node, stream: fx.Node, rest: fx.Node, where: Segment) -> None:
+        """The stream as it was for the tokens of the segment, and with an update for the others."""
+        dim, stop = self._dim(stream, where), where.start + where.length
+        total = stream.meta["val"].shape[dim]
+        pieces = [(rest, 0, where.start), (stream, where.start, stop), (rest, where.start, total - where.length)]
+        parts = [self.insert(rest, aten.slice.Tensor, n, dim, i, j) for n, i, j in pieces if j > i]
+        self.replace(old, self.insert(parts[0], aten.cat.default, parts, dim))
+
+    def _rest(self, after: fx.Node, node: fx.Node, dim: int, where: Segment) -> fx.Node:
+        """A value without the tokens of the segment."""
+        stop, total = where.start + where.length, node.meta["val"].shape[dim]
+        ends = [(0, where.start), (stop, total)]
+        parts = [self.insert(after, aten.slice.Tensor, node, dim, a, b, like=node) for a, b in ends if b > a]
+        return self.insert(parts[0], aten.cat.default, parts, dim) if len(parts) > 1 else parts[0]
+
+    def _aligned(self, after: fx.Node, node: fx.Node, where: Segment) -> fx.Node:
+        """What has a place for every token, as positions and biases do, without the places of the segment."""
+        rest = node
+        for dim, terms in enumerate(self.axes.dims(node)):
+            if contains(terms, where.terms):
+                if offset_in(terms, where.terms) != where.start:
+                    raise Refused(f"{node.name} has its tokens in another order", "drop it for all tokens")
+                rest = self._rest(after if rest is node else rest, rest, dim, where)
+        return rest
+
+    def _dim(self, stream: fx.Node, where: Segment) -> int:
+        return next(i for i, d in enumerate(self.axes.dims(stream)) if contains(d, where.terms))
+
+
+def _segment(cut: StreamCut, name: str) -> Segment:
+    found = next((s for s in cut.axis.segments if s.name == name), None)
+    if found is None or not found.terms or found.length == cut.axis.length:
+        names = ", ".join(s.name for s in cut.axis.segments)
+        raise Refused(f"'{name}' is no part of its tokens that can be told from the others", f"its segments: {names}")
+    return found
+
+
+def _set(args: list[Any], path: tuple[int, ...], size: int) -> None:
+    """A size in the arguments of a node."""
+    if len(path) == 1:
+        args[path[0]] = size
+    else:
+        inner = list(args[path[0]])
+        inner[path[1]] = -1 if isinstance(inner[path[1]], fx.Node) else size  # a product with the batch
+        args[path[0]] = inner
