@@ -27,6 +27,7 @@ from tokenopt.calibration import Search, Target, metrics
 from tokenopt.calibration.price import Price, gate
 from tokenopt.calibration.problem import Batches, Problem, alone
 from tokenopt.calibration.solve import RATIOS, Table, expected, scaled, solve
+from tokenopt.calibration.strategies import DecayCurve, Stages, _last_solved, decay
 from tokenopt.errors import BudgetError, UsageError
 from tokenopt.passes.flatten_grids import FlattenGrids
 from tokenopt.passes.fold_constants import FoldConstants
@@ -255,13 +256,37 @@ def test_what_cannot_be_fitted_is_refused() -> None:
         fit("tome", data(), budget="flops=5%")
     assert error.value.exit_code == 5
     with pytest.raises(UsageError, match="no schedule to calibrate"):
-        fit("dymu", data(), budget="flops=80%")
+        fit({"name": "learned", "select": "threshold", "schedule": "r=4"}, data(), budget="flops=80%")
     with pytest.raises(UsageError, match="no schedule to calibrate"):
         fit("nat", data(), budget="flops=80%")
     with pytest.raises(UsageError, match="needs data"):
         tokenopt.optimize(program(), recipe="tome", budget="latency=0.9x")
     with pytest.raises(UsageError, match="no target"):
         Target("abacus")
+
+
+# -- strategies --------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("strategy", [Stages(trials=2), DecayCurve()])
+def test_the_strategies_of_papers_meet_the_budget(strategy: calibration.Calibrator) -> None:
+    found = fit("tome", data(), budget="flops=80%", calibrator=strategy)
+    assert 1 <= len(found.trials) <= 2
+    assert all(e.cost <= 0.8 for e in found.trials)
+
+
+def test_a_stage_is_solved_for_the_budget() -> None:
+    table = Table((0, 1, 2), 16, np.zeros((3, 3)), np.array([[3.0] * 4] + [[0, -0.25, -0.5, -0.75]] * 3))
+    found = _last_solved(table, [0, 2], [0.5], 1.4)
+    assert found[:2] == [8, 0] and expected(table, found) <= 1.4 < expected(table, [8, 0, found[2] - 1])
+    assert _last_solved(table, [0, 2], [1.0], 0.5) is None
+
+
+def test_the_decay_curve_is_the_nearest_exponential() -> None:
+    x = np.arange(1, 7) / 6
+    wanted = 0.1 + 0.9 * (np.exp(-3 * x) - np.exp(-3)) / (1 - np.exp(-3))
+    np.testing.assert_allclose(decay(wanted, 0.1), wanted, atol=0.01)
+    assert (np.diff(decay(np.linspace(0, 1, 6), 0.1)) < 0).all()
 
 
 # -- latency -----------------------------------------------------------------------------------------------------------

@@ -243,7 +243,7 @@ def fit(
         held_out: data that are not fitted on, for the numbers of a report.
         metric: kl, cosine, last-token, relative, or package.module:function; what suits the outputs by default.
         calibrator: `Search` by default.
-        target: where latency counts; with one, every layer's reduction has to pay there.
+        target: where latency counts. What does not pay there is taken back, even if that costs operations or tokens.
         seed: the same seed gives the same schedule, where latency is not measured.
         cache: folder for what was measured, so that a second budget is quick; `cache_folder` is the usual one.
         keep_best: return the best found where nothing meets a budget of latency.
@@ -321,8 +321,11 @@ class _Fit:
         elif budget.metric == "latency":
             schedule, share, rows, latency = self._timed()
         else:
-            problem.price = Price(budget.metric if budget.metric == "tokens" else "flops")
-            share = self._least() if budget.metric == "drop" else budget.share
+            if budget.metric == "drop":
+                problem.price = Price() if self.target is None else self._price(self.target)
+                share = self._least()
+            else:
+                problem.price, share = Price(budget.metric), budget.share
             schedule = self._search(share)
             if self.target is not None:
                 schedule, rows = self._gated(schedule)
@@ -381,15 +384,25 @@ class _Fit:
         """
         if not self.found:
             raise BudgetError(f"recipe {self.problem.recipe.name} cannot meet the budget {self.budget}")
-        known = {key: self.problem.evaluate(schedule).deviation for key, schedule in self.found.items()}
+        found = {key: self.problem.evaluate(schedule) for key, schedule in self.found.items()}
+        known = {key: e.deviation for key, e in found.items() if self._allowed(e)}
         least = lambda keys: min(keys, key=lambda key: (known[key], key))  # noqa: E731
-        if not self.trials or not self.fixed:
-            return self.found[least(known)]
-        best, usual = least(self.trials), least(self.fixed.values())
+        trials, fixed = ([key for key in keys if key in known] for keys in (self.trials, self.fixed.values()))
+        if not trials or not fixed:
+            return self.found[least(known or {key: e.deviation for key, e in found.items()})]
+        best, usual = least(trials), least(fixed)
         roots = [np.sqrt(np.clip(self.problem.deviations(self.found[key]), 0, None)) for key in (best, usual)]
         gain = roots[1] - roots[0]
         surely = gain.mean() > gain.std() / len(gain) ** 0.5
         return self.found[best if surely else usual]
+
+    def _allowed(self, found: Evaluation) -> bool:
+        """Whether a schedule loses no more than it may."""
+        return self.budget.metric != "drop" or self._lost(found) <= self.budget.share
+
+    def _lost(self, found: Evaluation) -> float:
+        dense = self.problem.accuracy()
+        return found.deviation if dense is None or found.accuracy is None else dense - found.accuracy
 
     def _only_default(self) -> None:
         """The recipe's own schedule, scaled: for places without layers of their own."""
@@ -403,9 +416,8 @@ class _Fit:
     # -- budgets that are not a share of what can be counted -----------------------------------------------------
 
     def _least(self) -> float:
-        """The least share of operations at which the table's solution loses no more than it may."""
+        """The least share of the dense model's cost at which the table's solution loses no more than it may."""
         problem, table = self.problem, self.problem.table()
-        dense = problem.accuracy()
         low, high = 0.0, 1.0
         for i in range(_HALVINGS):
             problem.progress(f"search the least cost, {high:.0%}", i, _HALVINGS)
@@ -415,8 +427,7 @@ class _Fit:
             except BudgetError:
                 low, problem.off = share, 0.0
                 continue
-            found = problem.evaluate(schedule)
-            lost = found.deviation if dense is None else dense - found.accuracy
+            lost = self._lost(problem.evaluate(schedule))
             low, high = (low, share) if lost <= self.budget.share else (share, high)
         if high == 1.0:
             raise BudgetError(
@@ -480,7 +491,7 @@ class _Fit:
         """The schedule without the layers that do not pay on the target."""
         problem = self.problem
         layers = problem.reducing(schedule)
-        if len(layers) < 2:
+        if not layers:
             return schedule, []
 
         def only(kept: frozenset[int]) -> Schedule:
