@@ -57,7 +57,7 @@ def test_what_cannot_be_reached_says_what_can() -> None:
         tokenopt.optimize(program("head"), recipe="evit", schedule="keep=0.7@3", budget="flops=30%")
 
 
-WRONG = ["latency=4ms", "flops", "flops=0%", "tokens=130%", "flops=-1", "60%", "flops=1.2.3", "flops=."]
+WRONG = ["latency=0ms", "flops=4ms", "flops", "flops=0%", "tokens=130%", "flops=-1", "60%", "flops=1.2.3", "flops=."]
 
 
 @pytest.mark.parametrize("text", WRONG)

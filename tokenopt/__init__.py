@@ -8,6 +8,7 @@ from typing import Any
 __version__ = "0.1.0"
 
 _HOMES = {
+    "calibrate": "tokenopt.calibration",
     "capture": "tokenopt.program",
     "Program": "tokenopt.program",
     "load": "tokenopt.loading:load_program",

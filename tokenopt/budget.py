@@ -28,9 +28,12 @@ def within(budget: Budget, step: ReduceTokens, program: Program) -> ReduceTokens
 
     Raises:
         BudgetError: if no scale of the schedule meets the budget; it says what the strongest one reaches.
-        UsageError: if the schedule removes nothing, so that there is nothing to scale.
+        UsageError: if the schedule removes nothing, so that there is nothing to scale; for a budget of latency or loss.
     """
     recipe, schedule = step.resolved()
+    if budget.metric not in SHARES:
+        why = "it is measured" if budget.metric == "latency" else "what is lost can be seen on data alone"
+        raise UsageError(f"the budget {budget} needs data to calibrate on", why=why, hint="give --data, or flops=60%")
     if schedule.is_identity:
         raise UsageError(f"the schedule {schedule} removes nothing, so it cannot be scaled to {budget}")
     layers = sum(s.kind in ("self", "joint") for s in find_sites(propagate(program))[0])
@@ -42,7 +45,7 @@ def within(budget: Budget, step: ReduceTokens, program: Program) -> ReduceTokens
         if str(scaled) not in measured:
             reduced, planner = program.clone(), Planner(recipe, scaled)
             edits = [e for e in step.apply(reduced, planner).edits if e.before is not None]
-            measured[str(scaled)] = _METRICS[budget.metric](program, reduced, edits, recipe.place.outputs)
+            measured[str(scaled)] = SHARES[budget.metric](program, reduced, edits, recipe.place.outputs)
             if planner.refusals and not edits:
                 refused[str(scaled)] = planner.refusals[0].why
         return measured[str(scaled)], scaled
@@ -102,4 +105,5 @@ def _tokens(dense: Program, reduced: Program, edits: list[Edit], outputs: bool) 
     return sum(after) / max(sum(before), 1)
 
 
-_METRICS: dict[str, Callable[[Program, Program, list[Edit], bool], float]] = {"flops": _flops, "tokens": _tokens}
+SHARES: dict[str, Callable[[Program, Program, list[Edit], bool], float]] = {"flops": _flops, "tokens": _tokens}
+"""(dense program, reduced program, its edits, whether the recipe shortens outputs) -> the share that is left."""

@@ -71,6 +71,33 @@ Crop = Annotated[str | None, typer.Option(metavar="SIZE", help="Of the centre of
 Samples = Annotated[int | None, typer.Option(min=1, help="Use so many of --data, chosen at random.")]
 Seed = Annotated[int, typer.Option(min=0, help="Of that choice, of what is held out, and of random data.")]
 SkipBad = Annotated[bool, typer.Option("--skip-bad", help="Leave out files that cannot be read, and list them.")]
+Recipe = Annotated[
+    str | None,
+    typer.Option(
+        help='A name (see recipes), a YAML file, or a pattern: "Neighborhood(7)"; with a budget and data also several '
+        "names, or auto.",
+        show_default="tome",
+    ),
+]
+Settings = Annotated[
+    list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="Change a setting of the recipe.")
+]
+ForRuntime = Annotated[
+    str | None,
+    typer.Option("--for", metavar="RUNTIME", help="Where latency counts, and where every rewrite has to pay: "
+                 "onnxruntime, eager, tensorrt, tensorrt-rtx or cuda; modelled where it is not here."),
+]  # fmt: skip
+MaxDrop = Annotated[
+    str | None,
+    typer.Option(metavar="SHARE", help="Instead of a budget: the least cost that loses at most so much, such as 0.5%, "
+                 "of accuracy if labels are known, else as --metric."),
+]  # fmt: skip
+Metric = Annotated[
+    str | None,
+    typer.Option(help="Of deviation: kl, cosine, last-token, relative or package.module:function; by the outputs."),
+]
+KeepBest = Annotated[bool, typer.Option("--keep-best", help="Write the best found, if nothing meets the latency.")]
+Resume = Annotated[bool, typer.Option("--resume/--afresh", help="Use and keep what is measured, or do not.")]
 Batch = Annotated[str, typer.Option(help="Batch sizes, such as 1,8.")]
 Threads = Annotated[int | None, typer.Option(min=1, help="Threads to run with.")]
 
@@ -119,19 +146,19 @@ def optimize(
     static_batch: StaticBatch = False,
     trust: Trust = False,
     allow_missing: AllowMissing = False,
-    recipe: Annotated[
-        str | None,
-        typer.Option(help='A name (see recipes), a YAML file, or a pattern: "Neighborhood(7)".', show_default="tome"),
-    ] = None,
-    settings: Annotated[
-        list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="Change a setting of the recipe.")
-    ] = None,
+    recipe: Recipe = None,
+    settings: Settings = None,
     schedule: Annotated[
         str | None, typer.Option(help="r=13, r=16:-1, r=16,14,12, keep=0.7@3,6,9, or a JSON or YAML file.")
     ] = None,
     budget: Annotated[
-        str | None, typer.Option(help="Scale the schedule until flops=60% or tokens=60% of the dense model's are left.")
+        str | None,
+        typer.Option(
+            help="flops=60% or tokens=60% of the dense model's, latency=0.6x or 4ms; fitted to --data, without "
+            "which the schedule is scaled."
+        ),
     ] = None,
+    max_drop: MaxDrop = None,
     passes: Annotated[
         str | None, typer.Option(help='Other passes: "raise-attention,reduce-tokens{recipe=tome}".')
     ] = None,
@@ -151,6 +178,10 @@ def optimize(
     samples: Samples = None,
     seed: Seed = 0,
     skip_bad: SkipBad = False,
+    metric: Metric = None,
+    runtime: ForRuntime = None,
+    keep_best: KeepBest = False,
+    resume: Resume = True,
     batch: Batch = "1",
     threads: Threads = None,
     json: Json = False,
@@ -170,7 +201,7 @@ def optimize(
             build=run.Build(_names(to), opset, compute_capability),
             recipe=recipe,
             schedule=schedule,
-            budget=budget,
+            budget=_budget(budget, max_drop),
             settings=_assignments(settings),
             passes=passes,
             min_speedup=min_speedup,
@@ -178,6 +209,7 @@ def optimize(
             data=_data(data, eval_data, mean, std, resize, crop, samples, seed, skip_bad),
             batch_sizes=_sizes(batch),
             threads=threads,
+            fitting=run.Fitting(runtime, metric, keep_best, resume),
             command=context.obj,
             progress=progress,
         )
@@ -185,6 +217,65 @@ def optimize(
     if not outcome.changed:
         print("nothing was changed", file=sys.stderr)
         raise typer.Exit(UNCHANGED)
+
+
+@app.command()
+def calibrate(
+    model: ModelPath,
+    out: Annotated[Path, typer.Option("-o", "--out", help="The JSON file to write.")],
+    data: Data = None,
+    recipe: Recipe = None,
+    settings: Settings = None,
+    budget: Annotated[
+        str | None, typer.Option(help="flops=60%, tokens=60% or latency=0.6x of the dense model's, or latency=4ms.")
+    ] = None,
+    max_drop: MaxDrop = None,
+    arch: Arch = None,
+    input_shape: InputShape = None,
+    static_batch: StaticBatch = False,
+    trust: Trust = False,
+    allow_missing: AllowMissing = False,
+    eval_data: EvalData = None,
+    mean: Mean = None,
+    std: Std = None,
+    resize: Resize = None,
+    crop: Crop = None,
+    samples: Samples = None,
+    seed: Seed = 0,
+    skip_bad: SkipBad = False,
+    metric: Metric = None,
+    runtime: ForRuntime = None,
+    keep_best: KeepBest = False,
+    resume: Resume = True,
+    threads: Threads = None,
+    json: Json = False,
+) -> None:
+    """Fit a schedule to data under a budget.
+
+    It keeps most of what the model does within the budget. optimize --schedule takes the file. Ctrl-C writes the best
+    so far; the same command goes on from there.
+    """
+    from tokenopt import run, terminal
+
+    wanted = _budget(budget, max_drop)
+    if wanted is None:
+        raise UsageError("there is no budget", hint="--budget flops=60%, or --max-drop 0.5%")
+    with terminal.Stages() as progress:
+        found = run.calibrate_model(
+            model,
+            out,
+            source=_source(arch, input_shape, static_batch, trust, allow_missing),
+            recipe=recipe,
+            budget=wanted,
+            settings=_assignments(settings),
+            data=_data(data, eval_data, mean, std, resize, crop, samples, seed, skip_bad),
+            threads=threads,
+            fitting=run.Fitting(runtime, metric, keep_best, resume),
+            progress=progress,
+        )
+    _show(found, terminal.calibrated, json)
+    if found["calibration"]["interrupted"]:
+        print("interrupted; the best so far was written", file=sys.stderr)
 
 
 @app.command()
@@ -432,6 +523,12 @@ def _data(
     size, fit = _size("--resize", resize), None if resize is None else "stretch" if "x" in resize else "cover"
     floats, cropped = [_floats("--mean", mean), _floats("--std", std)], _size("--crop", crop)
     return Data(data, eval_data, *floats, size, cropped, fit, samples, seed, skip_bad)
+
+
+def _budget(budget: str | None, max_drop: str | None) -> str | None:
+    if budget is not None and max_drop is not None:
+        raise UsageError("a budget and a largest loss at once", hint="--budget or --max-drop")
+    return budget if max_drop is None else f"drop={max_drop}"
 
 
 def _show(value: Any, render: Any, json: bool) -> None:

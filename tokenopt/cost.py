@@ -286,3 +286,34 @@ _FLOPS: dict[Any, Callable[[fx.Node, Shapes], float]] = {
     aten.scaled_dot_product_attention.default: _attention,
     **_ours(),
 }
+
+
+# -- time, modelled ----------------------------------------------------------------------------------------------------
+
+_RATES = {  # operations and bytes per second, and seconds that starting an operation takes
+    "cpu": (50e9, 20e9, 2e-6),
+    "gpu": (20e12, 500e9, 5e-6),
+}
+
+
+def roofline_ms(program: Program, batch: int = 1, kind: str = "gpu") -> float:
+    """Milliseconds of one forward pass by the roofline model: what computes waits for operations or bytes.
+
+    What has no operations is taken to be fused with what has. The rates are those of a common processor ("cpu": one
+    core, "gpu": a small card), so that ratios mean more than milliseconds.
+
+    Source: Williams et al., Roofline, CACM 52(4), 2009.
+    """
+    operations, bandwidth, start = _RATES[kind]
+    seconds = 0.0
+    for node in program.graph.nodes:
+        flops = node_flops(node, batch) if node.op == "call_function" else 0.0
+        if flops:
+            seconds += max(flops / operations, _bytes(node, batch) / bandwidth) + start
+    return 1e3 * seconds
+
+
+def _bytes(node: fx.Node, batch: int) -> float:
+    """What a call reads and writes."""
+    tensors = [n for n in (node, *node.all_input_nodes) if isinstance(n.meta.get("val"), Tensor)]
+    return sum(prod(_shape(n, batch)) * n.meta["val"].element_size() for n in tensors)

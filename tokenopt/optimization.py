@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from tokenopt import ops, recipes
+from tokenopt import calibration, ops, recipes
 from tokenopt.analysis.axes import propagate
 from tokenopt.analysis.cuts import find_cuts
 from tokenopt.analysis.sites import AttentionSite, find_sites
@@ -21,6 +21,7 @@ from tokenopt.attention.pattern import Mask, Pattern
 from tokenopt.attention.recipe import AttentionRecipe
 from tokenopt.attention.routed import Routed
 from tokenopt.budget import within
+from tokenopt.calibration import Target
 from tokenopt.cost import program_flops
 from tokenopt.data import find_preprocessing, open_data
 from tokenopt.errors import Refusal, UsageError
@@ -36,7 +37,7 @@ from tokenopt.passes.sparsify_attention import MIN_SPEEDUP, Choice, SparsifyAtte
 from tokenopt.pipeline import Pass, Pipeline, PipelineResult, parse_passes
 from tokenopt.program import Program, capture, flatten_tensors
 from tokenopt.report import Report
-from tokenopt.schedule import Budget
+from tokenopt.schedule import Budget, Schedule
 from tokenopt.tokens.recipe import TokenRecipe
 from tokenopt.tokens.score import Learned
 
@@ -75,6 +76,8 @@ def optimize(
     given: Sequence[Tensor] | None = None,
     data: Any = None,
     weights: str | Path | None = None,
+    target: Target | None = None,
+    fitting: Mapping[str, Any] | None = None,
     progress: Progress | None = None,
 ) -> Result:
     """Reduces the tokens of a model, or gives its attention a pattern, and proves the rewrite.
@@ -89,7 +92,8 @@ def optimize(
         recipe: a name, a YAML file, a mapping or a recipe; or an attention pattern, or its text.
         schedule: how many tokens to remove where: ``{"r": 13}``, ``{"keep": 0.7, "layers": [3, 6]}``, a text or a file;
             the recipe's own by default.
-        budget: "flops=60%" or "tokens=60%" of the dense program's: the schedule is scaled until it is met.
+        budget: with data, `calibration.fit` finds the schedule that keeps most within it; without, "flops=60%" or
+            "tokens=60%" of the dense program's: the schedule is scaled until it is met.
         settings: fields of the recipe to change.
         passes: other passes than the usual ones, as objects or as text.
         min_speedup: of an attention, by the cost model, for a pattern to be applied there; 0 applies it everywhere.
@@ -97,8 +101,10 @@ def optimize(
         dynamic_batch: as for `capture`.
         given: inputs to check on beside random ones, as flat tensors.
         data: what recipes with a part that is learned from data learn it from: anything `open_data` takes, such as
-            batches of inputs as flat tensors, an array file or a folder of images. Labels are not needed.
+            batches of inputs as flat tensors, an array file or a folder of images; and what a budget is fitted to.
         weights: where the weights of a learned score are written (.safetensors); they are in the program in any case.
+        target: where latency counts: what does not pay there is taken back.
+        fitting: options of `calibration.fit`, such as held_out and metric.
         progress: called with (stage, done, total).
 
     Raises:
@@ -123,6 +129,15 @@ def optimize(
         program = capture(model, example_inputs, dynamic_batch=dynamic_batch)
     done()
 
+    calibrated = None
+    if budget is not None and data is not None and passes is None:
+        tokens = _calibrated_recipes(recipe, settings, schedule)
+        if tokens:
+            calibrated = calibration.fit(
+                program, tokens, data, budget=budget, target=target, progress=progress or _silent, **(fitting or {})
+            )
+            recipe, schedule, settings, budget = calibrated.recipe, calibrated.schedule, None, None
+
     with tempfile.TemporaryDirectory() as scratch:
         done = stage("rewrite")
         written = weights or Path(scratch) / "scorer.safetensors"
@@ -131,6 +146,9 @@ def optimize(
         canonical = Pipeline([FoldConstants(), RaiseAttention(), FlattenGrids()]).run(program)
         if budget is not None:
             steps = _budgeted(steps, Budget.parse(budget), canonical.program)
+        gated: list[dict[str, Any]] = []
+        if target is not None and calibrated is None:
+            steps, gated = _gated(steps, canonical.program, target)
         reducing = [s for s in steps if isinstance(s, ReduceTokens)]
         result = Pipeline(steps).run(program)
         done()
@@ -141,8 +159,73 @@ def optimize(
         done()
     if progress is not None:
         progress("check", len(stages), len(stages))
+    report.calibration = {"gate": gated} if gated else {}
+    if calibrated is not None:
+        report.calibration = calibrated.to_dict()
+        seconds["calibrate"] = calibrated.seconds
     report.timings = {**seconds, **result.timings}
     return Result(result.program, program, report, steps)
+
+
+def _silent(stage: str, done: int, total: int) -> None:
+    """No progress."""
+
+
+def _calibrated_recipes(recipe: Any, settings: Mapping[str, Any] | None, schedule: Any) -> list[TokenRecipe]:
+    """The recipes whose schedule a budget is fitted with; none where attention has patterns or a part is to be learned.
+
+    A schedule that is given is one of the shapes to compare with.
+    """
+    found = calibration.candidates(recipe)
+    if any(isinstance(one, AttentionRecipe) or needs_data(one) for one in found):
+        return []
+    found = [one.with_settings(settings or {}) for one in found]
+    if schedule is None:
+        return found
+    return [replace(one, schedule=Schedule.parse(schedule).to_dict()) for one in found]
+
+
+def _gated(
+    steps: list[Pass], program: Program, target: Target
+) -> tuple[list[Pass], list[dict[str, Any]]]:
+    """The steps without the rewrites that do not pay on the target."""
+    rows: list[dict[str, Any]] = []
+    kept_steps = []
+    for step in steps:
+        sites, only = _sites_of(step, program)
+        if sites:
+            build = lambda numbers, only=only: Pipeline([only(numbers), RemoveDead()]).run(program).program  # noqa: E731
+            kept, found = calibration.gate(sites, build, target)
+            step, rows = only(kept), rows + found
+        kept_steps.append(step)
+    return kept_steps, rows
+
+
+def _sites_of(step: Pass, program: Program) -> tuple[dict[int, str], Callable[[frozenset[int]], Pass]]:
+    """The sites that a step rewrites, by number, and the step for some of them alone."""
+    if isinstance(step, SparsifyAttention):
+        recipe = step.resolved()
+        raised = [s.id for s in find_sites(propagate(program))[0] if s.raised]
+        chosen = {choice.site.id for choice in step.plan(program) if choice.refusal is None}
+        sites = {n: site for n, site in enumerate(raised) if site in chosen}
+
+        def patterns(numbers: frozenset[int]) -> Pass:
+            pattern = {str(n): recipe.pattern_at(n, len(raised)) for n in sorted(numbers)}
+            return replace(step, pattern=None, recipe=replace(recipe, pattern=pattern))
+
+        return sites, patterns
+    if isinstance(step, ReduceTokens) and (step.resolved()[0].place.name in calibration.LAYERWISE):
+        recipe = step.resolved()[0]
+        places = calibration.places(program, recipe)
+        edits = {e.site: e.before - e.after for e in Pipeline([step]).run(program).edits if e.before is not None}
+        removed = {n: edits[site] for n, (site, _) in places.items() if edits.get(site)}
+
+        def reductions(numbers: frozenset[int]) -> Pass:
+            counts = [removed[n] if n in numbers else 0 for n in range(max(removed) + 1)]
+            return replace(step, schedule=Schedule(r=counts))
+
+        return {n: places[n][0] for n in removed}, reductions
+    return {}, lambda numbers: step
 
 
 def _steps(

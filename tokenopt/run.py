@@ -14,9 +14,10 @@ import torch
 import yaml
 from torch import Tensor
 
-from tokenopt import __version__, recipes, runtimes
+from tokenopt import __version__, calibration, runtimes
 from tokenopt.attention.pattern import parse
 from tokenopt.attention.recipe import AttentionRecipe
+from tokenopt.calibration import Target
 from tokenopt.data import Dataset, find_preprocessing, open_data
 from tokenopt.diagnostics import diagnose
 from tokenopt.errors import LoweringError, TokenoptError, UsageError
@@ -27,8 +28,8 @@ from tokenopt.optimization import Result, learns, optimize
 from tokenopt.passes.reduce_tokens import ReduceTokens
 from tokenopt.passes.sparsify_attention import SparsifyAttention
 from tokenopt.pipeline import parse_passes
-from tokenopt.program import InputSpec, Program
-from tokenopt.report import Report
+from tokenopt.program import InputSpec, Program, atomic_path
+from tokenopt.report import Report, dumps
 from tokenopt.runtimes.base import Engine
 from tokenopt.runtimes.bench import bench
 from tokenopt.runtimes.compare import verify
@@ -48,7 +49,7 @@ _SECONDS, _ROUNDS = 5.0, (5, 40)  # that one measurement may take, and the round
 
 
 @dataclass(frozen=True)
-class Target:
+class Output:
     """What ``--to`` can ask for: its role in a report, its suffix, who builds and checks it, and with what options."""
 
     role: str
@@ -58,10 +59,10 @@ class Target:
 
 
 TARGETS = {
-    "onnx": Target("onnx", ".onnx", "onnxruntime", ("opset",)),
-    "ort": Target("onnx", ".onnx", "onnxruntime", ("opset",)),
-    "tensorrt": Target("tensorrt", ".engine", "tensorrt", ("opset", "compute_capability")),
-    "tensorrt-rtx": Target("tensorrt-rtx", ".rtx.engine", "tensorrt-rtx", ("opset", "compute_capability")),
+    "onnx": Output("onnx", ".onnx", "onnxruntime", ("opset",)),
+    "ort": Output("onnx", ".onnx", "onnxruntime", ("opset",)),
+    "tensorrt": Output("tensorrt", ".engine", "tensorrt", ("opset", "compute_capability")),
+    "tensorrt-rtx": Output("tensorrt-rtx", ".rtx.engine", "tensorrt-rtx", ("opset", "compute_capability")),
 }
 
 
@@ -110,7 +111,7 @@ class Build:
                 raise UsageError(f"there is no target {name!r}", hint=f"--to takes some of {','.join(TARGETS)}")
 
     @property
-    def distinct(self) -> list[Target]:
+    def distinct(self) -> list[Output]:
         """The targets asked for, each file once."""
         return list(dict.fromkeys(TARGETS[name] for name in self.targets))
 
@@ -120,7 +121,7 @@ class Build:
             if reason := runtimes.get(target.runtime).available():
                 raise LoweringError(f"{target.runtime} cannot build here", why=reason)
 
-    def engine(self, target: Target, program: Program, path: Path, data: Sequence[Sequence[Tensor]] = ()) -> Engine:
+    def engine(self, target: Output, program: Program, path: Path, data: Sequence[Sequence[Tensor]] = ()) -> Engine:
         """Builds one file, and checks it against the program."""
         options = {name: getattr(self, name) for name in target.options if getattr(self, name) is not None}
         return runtimes.get(target.runtime).build(program, path, data=data, **options)
@@ -177,6 +178,31 @@ class Data:
         )
 
 
+@dataclass(frozen=True)
+class Fitting:
+    """How a budget is met; see `calibration.fit`.
+
+    Args:
+        runtime: where latency counts; None for no measurement.
+        metric: of deviation.
+        keep_best: take the best where nothing meets a budget of latency.
+        resume: use what was measured before, and keep what is measured.
+    """
+
+    runtime: str | None = None
+    metric: str | None = None
+    keep_best: bool = False
+    resume: bool = True
+
+    def target(self, threads: int) -> Target | None:
+        return None if self.runtime is None else Target(self.runtime, threads=threads)
+
+    def options(self, held_out: Dataset | None, seed: int) -> dict[str, Any]:
+        """Of `calibration.fit`."""
+        cache = calibration.cache_folder() if self.resume else None
+        return {"held_out": held_out, "metric": self.metric, "seed": seed, "cache": cache, "keep_best": self.keep_best}
+
+
 @dataclass
 class Outcome:
     """What a run did, and whether there was anything to do."""
@@ -211,6 +237,7 @@ def optimize_model(
     data: Data,
     batch_sizes: Sequence[int],
     threads: int | None,
+    fitting: Fitting,
     progress: Progress,
     command: str = "",
 ) -> Outcome:
@@ -226,7 +253,8 @@ def optimize_model(
         Budget.parse(budget)
     if passes is None and recipe is not None and (passes := _resolved_passes(recipe)) is not None:
         recipe = None
-    learned_from = _check_method(recipe, schedule, settings, passes, short_outputs)
+    fits = budget is not None and data.path is not None and passes is None
+    learned_from = _check_method(recipe, schedule, settings, passes, short_outputs) or fits
     _protect(path, out, [PROGRAM, *(f"model{target.suffix}" for target in build.distinct)])
     clock = _Clock(progress)
     threads = threads or torch.get_num_threads()
@@ -248,6 +276,8 @@ def optimize_model(
             given=given[0] if given else None,
             data=fitted,
             weights=scorer,
+            target=fitting.target(threads),
+            fitting=fitting.options(checked, data.seed),
             progress=progress,
         )
         report = result.report
@@ -298,6 +328,55 @@ def optimize_model(
         _write(report, samples, staging.path)
         staging.commit(obsolete=_earlier_files(out))
     return Outcome(report, changed=True)
+
+
+def calibrate_model(
+    path: Path,
+    out: Path,
+    *,
+    source: Source,
+    recipe: str | None,
+    budget: str,
+    settings: Mapping[str, Any],
+    data: Data,
+    threads: int | None,
+    fitting: Fitting,
+    progress: Progress,
+) -> dict[str, Any]:
+    """Fits a schedule to data and writes it as JSON, which ``--schedule`` takes.
+
+    Returns:
+        What was written: ``recipe, schedule, model`` (digest), ``calibration`` (as in a report), ``data, tokenopt``.
+    """
+    if data.path is None:
+        raise UsageError("there is nothing to fit on", hint="--data PATH, inputs like those the model is for")
+    Budget.parse(budget)
+    chosen = [one.with_settings(settings) for one in calibration.candidates(recipe or RECIPE_NAME)]
+    progress("load", 0, 0)
+    program = source.load(path)
+    fitted, checked = data.divide(program.inputs, source.images(program), learns=True)
+    found = calibration.fit(
+        program,
+        chosen,
+        fitted,
+        budget=budget,
+        target=fitting.target(threads or torch.get_num_threads()),
+        progress=progress,
+        **fitting.options(checked, data.seed),
+    )
+    rows = {"fitted": fitted, "checked": checked}
+    content = {
+        "recipe": found.recipe.name,
+        "schedule": found.schedule.to_dict(),
+        "model": {"name": path.name, "digest": program.digest},
+        "data": {"seed": data.seed, **{k: None if v is None else v.describe() for k, v in rows.items()}},
+        "calibration": found.to_dict(),
+        "tokenopt": __version__,
+    }
+    out.parent.mkdir(parents=True, exist_ok=True)
+    with atomic_path(out) as partial:
+        partial.write_text(dumps(content) + "\n", encoding="utf-8")
+    return content
 
 
 def _write(report: Report, samples: Sequence[Sample], folder: Path) -> None:
@@ -450,11 +529,15 @@ def _check_method(
         UsageError: for what `optimize` would refuse or ignore, before a large model is loaded for nothing.
     """
     if passes is None:
-        found = recipes.get(recipe or RECIPE_NAME)
-        if isinstance(found, AttentionRecipe):
-            found.with_settings(settings)
+        found = calibration.candidates(recipe or RECIPE_NAME)
+        if len(found) > 1:
+            for one in found:
+                one.with_settings(settings)
             return False
-        return learns(ReduceTokens(found, schedule, settings))
+        if isinstance(found[0], AttentionRecipe):
+            found[0].with_settings(settings)
+            return False
+        return learns(ReduceTokens(found[0], schedule, settings))
     steps = parse_passes(passes)
     if recipe or schedule or settings or short_outputs:
         raise UsageError(
@@ -501,7 +584,7 @@ def _new_rows(engine: Engine, known: Sequence[dict[str, Any]]) -> list[dict[str,
     return [row for row in (check.to_dict() for check in engine.parity) if row not in known]
 
 
-def _roles(target: Target, engine: Engine) -> dict[str, str]:
+def _roles(target: Output, engine: Engine) -> dict[str, str]:
     """The files of an engine by what they are."""
     first, *others = engine.files
     return {target.role: first.name} | {f"{target.role} {file.suffix[1:]}": file.name for file in others}

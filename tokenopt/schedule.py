@@ -15,7 +15,8 @@ import yaml
 
 from tokenopt.errors import UsageError
 
-_METRICS = ("flops", "tokens")
+_METRICS = ("flops", "tokens", "latency", "drop")
+_BUDGETS = "flops=60%, tokens=60%, latency=0.6x (of the dense model's), latency=4ms, or drop=0.5%"
 _FORMS = "r=13, r=16:-1 (r, inflection), r=16,14,12 (a list), keep=0.7@3,6,9 or @0.25,0.5, or a JSON or YAML file"
 
 
@@ -127,36 +128,46 @@ class Schedule:
 
 @dataclass(frozen=True)
 class Budget:
-    """What a reduced program may cost: a share of what the dense one does.
+    """What a reduced program may cost, as a share of what the dense one does, or what it may lose.
 
     Attributes:
-        metric: "flops", or "tokens": those that enter attention, summed over layers, or those that leave an encoder.
+        metric: "flops"; "tokens": those that enter attention, summed over layers, or those that leave an encoder;
+            "latency", on a runtime; or "drop": what may be lost at the least cost, of accuracy where labels are known,
+            else as deviation from the dense model.
         share: in (0, 1].
+        milliseconds: instead of a share of the dense model's latency.
     """
 
     metric: str
     share: float
+    milliseconds: float | None = None
 
     @staticmethod
     def parse(text: Any) -> Budget:
-        """A budget from a text such as ``flops=60%`` or ``tokens=0.5``, or itself.
+        """A budget from a text such as ``flops=60%``, ``tokens=0.5``, ``latency=0.6x`` or ``latency=4ms``, or itself.
 
         Raises:
             UsageError: if it is none.
         """
         if isinstance(text, Budget):
             return text
-        match = re.fullmatch(r"\s*(\w+)\s*=\s*(\d+\.?\d*|\.\d+)\s*(%?)\s*", str(text))
+        match = re.fullmatch(r"\s*(\w+)\s*=\s*(\d+\.?\d*|\.\d+)\s*(%|x|ms|)\s*", str(text))
         metric = str(text).partition("=")[0].strip()
-        if match is None or metric not in _METRICS:
-            why = None if metric in _METRICS else f"{metric} is not supported; flops and tokens need no measurement"
-            raise UsageError(f"not a budget: {text!r}", why=why, hint="flops=60% or tokens=60%, of the dense model's")
-        share = float(match[2]) / (100.0 if match[3] else 1.0)
-        if not 0.0 < share <= 1.0:
-            raise UsageError(f"not a budget: {text!r}", why="it is a share of the dense model's, above 0 and up to 1")
-        return Budget(match[1], share)
+        if match is None or metric not in _METRICS or (match[3] == "ms" and metric != "latency"):
+            why = f"{metric} is not supported, only {', '.join(_METRICS)}" if metric not in _METRICS else None
+            raise UsageError(f"not a budget: {text!r}", why=why, hint=_BUDGETS)
+        number = float(match[2])
+        if match[3] == "ms" and number > 0:
+            return Budget(metric, 1.0, number)
+        share = number / (100.0 if match[3] == "%" else 1.0)
+        if match[3] == "ms" or not 0.0 < share <= 1.0:
+            why = "it is a share of the dense model's, above 0 and up to 1, or milliseconds above 0"
+            raise UsageError(f"not a budget: {text!r}", why=why, hint=_BUDGETS)
+        return Budget(metric, share)
 
     def __str__(self) -> str:
+        if self.milliseconds is not None:
+            return f"{self.metric}={self.milliseconds:g}ms"
         return f"{self.metric}={100 * self.share:g}%"
 
 

@@ -106,6 +106,27 @@ def exported(found: dict[str, Any]) -> RenderableType:
     return Group(parity_table(found["parity"]), files)
 
 
+def calibrated(found: dict[str, Any]) -> RenderableType:
+    """The schedule, and how it compares with fixed ones on data that were not fitted on."""
+    fit, held_out = found["calibration"], found["calibration"]["held_out"]
+    table = new_table("schedule", "cost", "deviation", "held out", "accuracy", right=(1, 2, 3, 4))
+    fixed = held_out.get("fixed", {})
+    chosen = {"name": f"chosen: {fit['fitted']['schedule']}", **fit["fitted"]}
+    points = [chosen, *(p for p in fit["front"] if p["kind"] != "calibrated" and p["recipe"] == found["recipe"])]
+    for point in points:
+        held = held_out if point is chosen else fixed.get(point["name"], {})
+        numbers = (held.get("deviation"), held.get("accuracy"))
+        cells = [f"{point['deviation']:.4g}", *("" if n is None else f"{n:.4g}" for n in numbers)]
+        table.add_row(point["name"], f"{point['cost']:.1%}", *cells)
+    lines = [f"recipe {found['recipe']}, {fit['budget']}, deviation: {fit['metric']}"]
+    lines.append(f"{fit['passes']:.0f} passes over {fit['fitted']['samples']} samples in {fit['seconds']:.1f} s")
+    if latency := fit["latency"]:
+        lines.append(f"{latency['ms']:.3f} ms of {latency['dense_ms']:.3f} ms ({latency['ratio']:.2f}x), "
+                     f"{latency['source']}{'' if latency['met'] else '; the budget is not met'}")  # fmt: skip
+    lines += [f"taken back: {row['site']}, {row['why']}" for row in fit["reverted"]]
+    return Group(Text("\n".join(lines)), table)
+
+
 def bench_table(rows: list[dict[str, Any]]) -> RenderableType:
     """One line per model and batch size: median, spread, ratio to the first."""
     table = new_table("model", "runtime", "batch", "threads", "median", "spread", "ratio", right=(2, 3, 4, 5, 6))

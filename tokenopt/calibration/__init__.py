@@ -1,0 +1,11 @@
+"""Calibration: the schedule that keeps most of a model's behaviour within a budget, fitted to data."""
+
+from tokenopt.calibration.price import Target, gate
+from tokenopt.calibration.problem import LAYERWISE, Evaluation, Problem, cache_folder, places
+from tokenopt.calibration.search import Calibration, Calibrator, Search, calibrate, candidates, fit
+from tokenopt.calibration.strategies import DecayCurve, Stages
+
+__all__ = [
+    "LAYERWISE", "Calibration", "Calibrator", "DecayCurve", "Evaluation", "Problem", "Search", "Stages", "Target",
+    "cache_folder", "calibrate", "candidates", "fit", "gate", "places",
+]  # fmt: skip

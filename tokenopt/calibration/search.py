@@ -1,0 +1,578 @@
+"""From a budget and data to a schedule: a table per layer, a solver on it, and trials of whole models."""
+
+from __future__ import annotations
+
+import signal
+import threading
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
+from dataclasses import asdict, dataclass, field, replace
+from math import exp
+from pathlib import Path
+from typing import Any, Protocol
+
+import numpy as np
+
+from tokenopt import recipes
+from tokenopt.budget import within
+from tokenopt.calibration.price import Price, Target, gate
+from tokenopt.calibration.problem import LAYERWISE, Batches, Evaluation, Problem, alone, schedule_of
+from tokenopt.calibration.solve import RATIOS, Table, scaled, solve
+from tokenopt.errors import BudgetError, UsageError
+from tokenopt.fitting import needs_data
+from tokenopt.passes.flatten_grids import FlattenGrids
+from tokenopt.passes.fold_constants import FoldConstants
+from tokenopt.passes.raise_attention import RaiseAttention
+from tokenopt.passes.reduce_tokens import ReduceTokens
+from tokenopt.pipeline import Pipeline
+from tokenopt.program import Program
+from tokenopt.schedule import Budget, Schedule
+from tokenopt.tokens.recipe import TokenRecipe
+
+TRIALS = 24
+AUTO = ("tome", "pitome", "evit", "uniform-grid")  # layer by layer, with nothing to learn
+_SPREAD = 2.5  # of the log of a layer's weight, in trials: layers differ by orders of magnitude
+_TIGHTEN = 6  # rewrites until the real program meets the budget that the table promised
+_BUILDS = 3  # engines until one meets the latency that the price promised
+_HALVINGS = 6  # of the range of costs, until the least that loses no more than it may
+FIXED: dict[str, Any] = {
+    "constant": {"r": 8},
+    "falling": {"r": (8, -1.0)},
+    "rising": {"r": (8, 1.0)},
+    "staged": {"keep": 0.7, "layers": [0.25, 0.5, 0.75]},
+}
+
+
+class Calibrator(Protocol):
+    """A strategy: schedules to try, each informed by how those before it did."""
+
+    def schedules(self, problem: Problem, budget: float, seed: int) -> Iterator[Schedule]:
+        """Yields a schedule that costs at most ``budget``, as ``problem.cost`` counts; it is evaluated then."""
+        ...
+
+
+@dataclass(frozen=True)
+class Search:
+    """Dynamic programming on the table of layers, refined by a search (TPE of optuna).
+
+    Every trial meets the budget. What is searched is how much each layer's error counts, and how far to go from the
+    solution towards the best fixed schedule, which the table may not see the merits of.
+    """
+
+    trials: int = TRIALS
+
+    def schedules(self, problem: Problem, budget: float, seed: int) -> Iterator[Schedule]:
+        """The solution of the table first, then trials; what leads to a known schedule is no trial."""
+        import optuna
+
+        table = problem.table()
+        first = met(problem, table, budget, lambda target: solve(table, target))
+        yield first
+        deviation = lambda schedule: problem.evaluate(schedule).deviation  # noqa: E731
+        usual = min(fixed_schedules(problem, table, budget).values(), key=deviation, default=first)
+        optuna.logging.set_verbosity(optuna.logging.ERROR)
+        sampler = optuna.samplers.TPESampler(seed=seed, n_startup_trials=max(self.trials // 3, 1))
+        study = optuna.create_study(sampler=sampler)
+        known = {str(first): deviation(first), str(usual): deviation(usual)}
+        for towards in (0.0, 0.5):
+            study.enqueue_trial({f"layer{n}": 0.0 for n in table.layers} | {"towards": towards})
+        for _ in range(3 * self.trials):
+            if len(known) > self.trials:
+                break
+            trial = study.ask()
+            weights = {n: exp(trial.suggest_float(f"layer{n}", -_SPREAD, _SPREAD)) for n in table.layers}
+            towards = trial.suggest_float("towards", 0.0, 1.0)
+            solved = met(problem, table, budget, lambda target, w=weights: solve(table, target, w))
+            schedule = met(problem, table, budget, _between(problem, table, solved, usual, towards))
+            if str(schedule) not in known:
+                yield schedule
+                known[str(schedule)] = deviation(schedule)
+            study.tell(trial, known[str(schedule)])
+
+
+def _between(
+    problem: Problem, table: Table, a: Schedule, b: Schedule, towards: float
+) -> Callable[[float], list[int] | None]:
+    """Schedules of counts between two, scaled to a target."""
+    depth = max(problem.depth, len(a.r), len(b.r))
+    counts = [[s.r[i] if i < len(s.r) else 0 for i in range(depth)] for s in (a, b)]
+    mixed = Schedule(r=[round((1 - towards) * x + towards * y) for x, y in zip(*counts, strict=True)])
+    return lambda target: scaled(table, mixed, depth, target)
+
+
+def fixed_schedules(problem: Problem, table: Table, budget: float) -> dict[str, Schedule]:
+    """Usual shapes and the recipe's own, scaled to the budget; those that can meet it."""
+    found = {}
+    for name, shape in (FIXED | {"default": problem.recipe.schedule or FIXED["constant"]}).items():
+        shape = Schedule.parse(shape)
+        if not shape.is_identity:
+            with suppress(BudgetError):
+                found[name] = met(problem, table, budget, lambda t, s=shape: scaled(table, s, problem.depth, t))
+    return found
+
+
+def met(
+    problem: Problem, table: Table, budget: float, choose: Callable[[float], list[int] | None]
+) -> Schedule:
+    """A schedule whose program, rewritten, costs at most the budget.
+
+    Args:
+        choose: what to remove at each layer, so that it costs a target by the table; None if that cannot be.
+
+    Raises:
+        BudgetError: if none does.
+    """
+    for _ in range(_TIGHTEN):
+        removed = choose(budget - problem.off)
+        if removed is None:
+            break
+        schedule = schedule_of(table.layers, removed)
+        over = problem.cost(schedule) - budget
+        if over <= 0:
+            return schedule
+        problem.off += max(over, 0.0005)
+    raise BudgetError(
+        f"recipe {problem.recipe.name} cannot meet {budget:.0%} of the dense model's {problem.price.name}",
+        why="removing as much as every layer can is not enough" if removed is None else "its layers remove too little",
+        hint="allow more, or take a recipe that removes in earlier layers",
+    )
+
+
+@dataclass
+class Calibration:
+    """What a calibration found.
+
+    Attributes:
+        schedule: the best that meets the budget.
+        recipe, budget, metric: what was asked for; ``share``: the budget as a share of the dense model's cost.
+        chosen: its evaluation on the data that were fitted on; ``held_out`` on data that were not, where there are any.
+        fixed: fixed schedules of the same recipe at the same budget; ``random``: the chosen one, random tokens.
+        trials: everything that was tried.
+        sensitivity: [{layer, ratio, deviation}] of every layer alone.
+        gate: [{site, kept, why, speedup}], what each reduction was measured to gain.
+        latency: {source, dense_ms, ms, budget_ms, met}, for a budget of latency.
+        passes: forward passes over the data, in all; seconds: it took.
+        interrupted: whether the search was ended early.
+    """
+
+    schedule: Schedule
+    recipe: TokenRecipe
+    budget: Budget
+    share: float
+    metric: str
+    chosen: Evaluation
+    held_out: dict[str, Any] = field(default_factory=dict)
+    fixed: dict[str, Evaluation] = field(default_factory=dict)
+    random: Evaluation | None = None
+    trials: list[Evaluation] = field(default_factory=list)
+    sensitivity: list[dict[str, Any]] = field(default_factory=list)
+    gate: list[dict[str, Any]] = field(default_factory=list)
+    latency: dict[str, Any] = field(default_factory=dict)
+    others: list[Calibration] = field(default_factory=list)
+    passes: float = 0.0
+    seconds: float = 0.0
+    interrupted: bool = False
+
+    @property
+    def front(self) -> list[dict[str, Any]]:
+        """[{name, kind, recipe, cost, deviation, chosen}] of everything that was tried, of all recipes."""
+        rows = []
+        for of in (self, *self.others):
+            named = [(e.schedule, "calibrated", e) for e in of.trials]
+            named += [(name, "fixed", e) for name, e in of.fixed.items()]
+            named += [("random", "random", of.random)] if of.random is not None else []
+            if of.chosen.schedule not in {e.schedule for _, kind, e in named if kind != "random"}:  # the gate made it
+                named.append((of.chosen.schedule, "calibrated", of.chosen))
+            for name, kind, e in named:
+                chosen = of is self and kind != "random" and e.schedule == self.chosen.schedule
+                row = {"name": name, "kind": kind, "recipe": of.recipe.name, "cost": e.cost, "deviation": e.deviation}
+                rows.append(row | {"chosen": chosen})
+        return rows
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain data, as a report's ``calibration``."""
+        return {
+            "budget": str(self.budget),
+            "metric": self.metric,
+            "recipe": self.recipe.name,
+            "schedule": self.schedule.to_dict(),
+            "fitted": asdict(self.chosen),
+            "held_out": self.held_out,
+            "sensitivity": self.sensitivity,
+            "front": self.front,
+            "gate": self.gate,
+            "reverted": [{"site": row["site"], "why": row["why"]} for row in self.gate if not row["kept"]],
+            "latency": self.latency,
+            "trials": [{"number": i, "cost": e.cost, "deviation": e.deviation} for i, e in enumerate(self.trials)],
+            "passes": round(self.passes, 2),
+            "seconds": round(self.seconds, 2),
+            "interrupted": self.interrupted,
+        }
+
+
+Progress = Callable[[str, int, int], None]
+
+
+def fit(
+    program: Program,
+    recipe: Any,
+    data: Any,
+    *,
+    budget: str | Budget,
+    held_out: Any = None,
+    metric: str | None = None,
+    calibrator: Calibrator | None = None,
+    target: Target | None = None,
+    seed: int = 0,
+    cache: Path | None = None,
+    keep_best: bool = False,
+    progress: Progress = lambda *_: None,
+) -> Calibration:
+    """Fits the schedule of a recipe to data under a budget.
+
+    The data are gone through about ten times for the table of layers (each layer alone, at three shares), and once for
+    each trial and fixed schedule. Interrupted by a `KeyboardInterrupt`, the search keeps the best so far.
+
+    Args:
+        program: as captured, or in canonical form.
+        recipe: a name, a file or a recipe that reduces tokens; several names with commas between them, a list, or
+            "auto" for `AUTO`: the one that keeps most is chosen, those that cannot are left out.
+        data: anything that `open_data` takes, with or without labels; read several times, a batch at a time.
+        budget: "flops=60%", "tokens=60%", "latency=0.6x", "latency=4ms" or "drop=0.5%".
+        held_out: data that are not fitted on, for the numbers of a report.
+        metric: kl, cosine, last-token, relative, or package.module:function; what suits the outputs by default.
+        calibrator: `Search` by default.
+        target: where latency counts. What does not pay there is taken back, even if that costs operations or tokens.
+        seed: the same seed gives the same schedule, where latency is not measured.
+        cache: folder for what was measured, so that a second budget is quick; `cache_folder` is the usual one.
+        keep_best: return the best found where nothing meets a budget of latency.
+        progress: called with (stage, done, total).
+
+    Raises:
+        BudgetError: if no schedule meets the budget.
+        UsageError: for a recipe without a schedule of layers, or data that do not fit.
+    """
+    budget = Budget.parse(budget)
+    names = candidates(recipe)
+    for one in names:
+        if not isinstance(one, TokenRecipe):
+            raise UsageError(f"recipe {one} has no schedule to calibrate", why="it gives attention a pattern")
+        if needs_data(one):
+            why = "a part of it is learned from data, for a schedule that is known"
+            raise UsageError(f"recipe {one.name} has no schedule to calibrate", why=why)
+    canonical = Pipeline([FoldConstants(), RaiseAttention(), FlattenGrids()]).run(program).program
+    if budget.metric == "latency" and target is None:
+        target = Target()
+    batches = Batches.of(data, program)
+    others = None if held_out is None else Batches.of(held_out, program)
+    found: list[Calibration] = []
+    refused: list[BudgetError | UsageError] = []
+    for one in names:
+        problem = Problem(canonical, one, batches, metric, cache, progress)
+        try:
+            found.append(_Fit(problem, budget, calibrator or Search(), target, seed, keep_best).run(others))
+        except (BudgetError, UsageError) as error:
+            refused.append(error)
+        finally:
+            problem.save()
+        if found and found[-1].interrupted:
+            break
+    if not found:
+        raise refused[0]
+    best = min(found, key=lambda c: c.chosen.deviation if budget.metric != "drop" else c.chosen.cost)
+    best.others = [c for c in found if c is not best]
+    return best
+
+
+def candidates(recipe: Any) -> list[Any]:
+    """The recipes that a text names: one, some with commas between them, or "auto"; or a list of recipes."""
+    if isinstance(recipe, str) and not Path(recipe).suffix:
+        recipe = AUTO if recipe == "auto" else [name.strip() for name in recipe.split(",")]
+    return [recipes.get(one) for one in (recipe if isinstance(recipe, (list, tuple)) else [recipe])]
+
+
+@dataclass
+class _Fit:
+    """One recipe's calibration."""
+
+    problem: Problem
+    budget: Budget
+    calibrator: Calibrator
+    target: Target | None
+    seed: int
+    keep_best: bool
+    found: dict[str, Schedule] = field(default_factory=dict)
+    trials: list[str] = field(default_factory=list)
+    fixed: dict[str, str] = field(default_factory=dict)
+    interrupted: bool = False
+
+    def run(self, held_out: Batches | None) -> Calibration:
+        start, problem, budget = time.perf_counter(), self.problem, self.budget
+        layerwise = problem.recipe.place.name in LAYERWISE
+        if not layerwise and budget.metric not in ("flops", "tokens"):
+            why = f"place {problem.recipe.place} has no layers to choose"
+            raise UsageError(f"recipe {problem.recipe.name} cannot be fitted to {budget}", why=why)
+        latency: dict[str, Any] = {}
+        rows: list[dict[str, Any]] = []
+        if not layerwise:
+            self._only_default()
+            schedule, share = self._best(), budget.share
+        elif budget.metric == "latency":
+            schedule, share, rows, latency = self._timed()
+        else:
+            if budget.metric == "drop":
+                problem.price = Price() if self.target is None else self._price(self.target)
+                share = self._least()
+            else:
+                problem.price, share = Price(budget.metric), budget.share
+            schedule = self._search(share)
+            if self.target is not None:
+                schedule, rows = self._gated(schedule)
+        evaluate = problem.evaluate
+        result = Calibration(schedule, problem.recipe, budget, share, problem.metric, evaluate(schedule))
+        result.trials = [evaluate(self.found[key]) for key in self.trials]
+        result.fixed = {name: evaluate(self.found[key]) for name, key in self.fixed.items()}
+        result.sensitivity = _sensitivity(problem) if layerwise else []
+        result.gate, result.latency, result.interrupted = rows, latency, self.interrupted
+        blind = self._blind(layerwise)
+        if blind is not None:
+            result.random = blind.evaluate(schedule)
+            blind.save()
+        if held_out is not None:
+            result.held_out = self._held_out(result, blind, held_out)
+        result.passes, result.seconds = problem.passes, time.perf_counter() - start
+        return result
+
+    # -- one search ----------------------------------------------------------------------------------------------
+
+    def _search(self, share: float) -> Schedule:
+        """The best schedule at a share of the dense model's cost: of the trials, or a fixed one."""
+        table = self.problem.table()
+        self.found, self.trials, self.fixed = {}, [], {}
+        try:
+            with _ctrl_c():
+                self._try_all(share, table)
+        except KeyboardInterrupt:
+            if not self.found:
+                raise
+            self.interrupted = True
+        return self._best()
+
+    def _try_all(self, share: float, table: Table) -> None:
+        """Fixed schedules, and those of the calibrator."""
+        for name, schedule in fixed_schedules(self.problem, table, share).items():
+            self.fixed[name] = str(schedule)
+            self._tried(schedule, "fixed schedules", len(self.fixed), len(FIXED) + 1)
+        for schedule in self.calibrator.schedules(self.problem, share, self.seed):
+            self.trials.append(str(schedule))
+            self._tried(schedule, "search", len(self.trials), getattr(self.calibrator, "trials", 0) + 1)
+
+    def _tried(self, schedule: Schedule, stage: str, done: int, total: int) -> None:
+        self.problem.evaluate(schedule)
+        self.problem.save()
+        self.found[str(schedule)] = schedule
+        best = min(self.problem.evaluate(s).deviation for s in self.found.values())
+        self.problem.progress(f"{stage}, {self.problem.recipe.name}, best {best:.3g}", done, total)
+
+    def _best(self) -> Schedule:
+        """The best trial, if it is better than the best fixed schedule by a standard error; else that one.
+
+        The best of many trials looks better on the data it was chosen on than it is, and the mean deviation is made by
+        the few samples that are about to change their class. So the two are compared sample by sample, in the roots of
+        the deviations, which single samples do not decide.
+        """
+        if not self.found:
+            raise BudgetError(f"recipe {self.problem.recipe.name} cannot meet the budget {self.budget}")
+        found = {key: self.problem.evaluate(schedule) for key, schedule in self.found.items()}
+        known = {key: e.deviation for key, e in found.items() if self._allowed(e)}
+        least = lambda keys: min(keys, key=lambda key: (known[key], key))  # noqa: E731
+        trials, fixed = ([key for key in keys if key in known] for keys in (self.trials, self.fixed.values()))
+        if not trials or not fixed:
+            return self.found[least(known or {key: e.deviation for key, e in found.items()})]
+        best, usual = least(trials), least(fixed)
+        roots = [np.sqrt(np.clip(self.problem.deviations(self.found[key]), 0, None)) for key in (best, usual)]
+        gain = roots[1] - roots[0]
+        surely = gain.mean() > gain.std() / len(gain) ** 0.5
+        return self.found[best if surely else usual]
+
+    def _allowed(self, found: Evaluation) -> bool:
+        """Whether a schedule loses no more than it may."""
+        return self.budget.metric != "drop" or self._lost(found) <= self.budget.share
+
+    def _lost(self, found: Evaluation) -> float:
+        dense = self.problem.accuracy()
+        return found.deviation if dense is None or found.accuracy is None else dense - found.accuracy
+
+    def _only_default(self) -> None:
+        """The recipe's own schedule, scaled: for places without layers of their own."""
+        recipe = self.problem.recipe
+        step = within(self.budget, ReduceTokens(recipe, recipe.schedule), self.problem.program)
+        schedule = Schedule.parse(step.schedule)
+        self.problem.price = Price(self.budget.metric)
+        self.fixed = {"default": str(schedule)}
+        self._tried(schedule, "fixed schedules", 1, 1)
+
+    # -- budgets that are not a share of what can be counted -----------------------------------------------------
+
+    def _least(self) -> float:
+        """The least share of the dense model's cost at which the table's solution loses no more than it may."""
+        problem, table = self.problem, self.problem.table()
+        low, high = 0.0, 1.0
+        for i in range(_HALVINGS):
+            problem.progress(f"search the least cost, {high:.0%}", i, _HALVINGS)
+            share = (low + high) / 2
+            try:
+                schedule = met(problem, table, share, lambda target: solve(table, target))
+            except BudgetError:
+                low, problem.off = share, 0.0
+                continue
+            lost = self._lost(problem.evaluate(schedule))
+            low, high = (low, share) if lost <= self.budget.share else (share, high)
+        if high == 1.0:
+            raise BudgetError(
+                f"recipe {problem.recipe.name} loses more than {self.budget.share:.2%} whatever it removes",
+                hint="allow a larger loss, or take another recipe",
+            )
+        return high
+
+    def _timed(self) -> tuple[Schedule, float, list[dict[str, Any]], dict[str, Any]]:
+        """Solves for a latency that is priced, builds the engine, measures it, and solves again for less if need be."""
+        problem, target = self.problem, self.target
+        assert target is not None, "latency counts somewhere"
+        problem.progress("measure the price", 0, 0)
+        problem.price = self._price(target)
+        dense_ms = problem.price.dense_ms
+        ms = self.budget.milliseconds
+        wanted = self.budget.share if ms is None else ms / dense_ms
+        aim, tried = min(wanted, 1.0), []
+        for i in range(_BUILDS):
+            try:
+                schedule = self._search(aim)
+            except BudgetError:
+                if not tried:
+                    raise
+                break
+            schedule, rows = self._gated(schedule)
+            problem.progress("measure the engine", i, _BUILDS)
+            times = target.race({"dense": problem.program, "reduced": problem.reduced(schedule)})
+            found = times["reduced"] / times["dense"]
+            latency = asdict(target) | {"source": target.source, "dense_ms": times["dense"], "ms": times["reduced"]}
+            met_it = times["reduced"] <= ms if ms is not None else found <= wanted
+            tried.append((found, schedule, aim, rows, latency | {"ratio": found, "met": met_it}))
+            if met_it or self.interrupted:
+                break
+            aim *= min(wanted / found, 0.99)
+        found, schedule, aim, rows, latency = min(tried, key=lambda t: (not t[-1]["met"], t[0]))
+        if not latency["met"] and not self.keep_best:
+            raise BudgetError(
+                f"recipe {problem.recipe.name} cannot meet the budget {self.budget}",
+                why=f"the best of {len(tried)} engines takes {latency['ms']:.3f} ms, {found:.2f}x of the dense model's "
+                f"{latency['dense_ms']:.3f} ms, {target.source}",
+                hint="allow more, take another recipe, or --keep-best writes what was found",
+            )
+        return schedule, aim, rows, latency
+
+    def _price(self, target: Target) -> Price:
+        """Milliseconds as a line, from three programs: dense, fewer tokens at once, and one token less everywhere."""
+        problem = self.problem
+        layers = list(problem.places)
+        tokens = max(count for _, count in problem.places.values())
+        fewer = alone(layers[0], tokens // 2)
+        everywhere = schedule_of(layers, [1] * len(layers))
+        times = target.race(
+            {"dense": problem.program, "fewer": problem.reduced(fewer), "each": problem.reduced(everywhere)}
+        )
+        points = [(problem.cost_of(s, "flops"), len(problem.reducing(s)), times[name])
+                  for name, s in (("fewer", fewer), ("each", everywhere))]  # fmt: skip
+        return Price.fitted(times["dense"], points)
+
+    def _gated(self, schedule: Schedule) -> tuple[Schedule, list[dict[str, Any]]]:
+        """The schedule without the layers that do not pay on the target."""
+        problem = self.problem
+        layers = problem.reducing(schedule)
+        if not layers:
+            return schedule, []
+
+        def only(kept: frozenset[int]) -> Schedule:
+            removed = [schedule.r[n] if n in kept else 0 for n in problem.places]
+            return schedule_of(list(problem.places), removed)
+
+        problem.progress("gate", 0, 0)
+        sites = {n: problem.places[n][0] for n in layers}
+        kept, rows = gate(sites, lambda numbers: problem.reduced(only(numbers)), self.target)
+        return only(kept), rows
+
+    # -- data that were not fitted on ----------------------------------------------------------------------------
+
+    def _blind(self, layerwise: bool) -> Problem | None:
+        """The same problem with a recipe that chooses tokens at random."""
+        problem = self.problem
+        if problem.recipe.name == "random" or not layerwise or self.interrupted:
+            return None
+        recipe = replace(recipes.get("random"), place=problem.recipe.place)
+        try:
+            return Problem(problem.program, recipe, problem.batches, problem.metric, problem.cache)
+        except UsageError:  # it has no such place
+            return None
+
+    def _held_out(self, result: Calibration, blind: Problem | None, data: Batches) -> dict[str, Any]:
+        problem = self.problem
+        found = problem.evaluate(result.schedule, data)
+        others = {name: asdict(problem.evaluate(self.found[key], data)) for name, key in self.fixed.items()}
+        if blind is not None:
+            others["random"] = asdict(blind.evaluate(result.schedule, data))
+        return {
+            "samples": found.samples,
+            "deviation": found.deviation,
+            "deviation_ci": _interval(found.deviation, found.spread),
+            "accuracy": found.accuracy,
+            "accuracy_dense": problem.accuracy(data),
+            "accuracy_ci": None if found.accuracy is None else _wilson(found.accuracy, found.samples),
+            "fixed": others,
+        }
+
+
+@contextmanager
+def _ctrl_c() -> Iterator[None]:
+    """Ctrl-C raises a KeyboardInterrupt, whatever else it does elsewhere."""
+    before = signal.getsignal(signal.SIGINT)
+    ours = threading.current_thread() is threading.main_thread() and before is not signal.SIG_IGN
+    if ours:
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+    try:
+        yield
+    finally:
+        if ours:
+            signal.signal(signal.SIGINT, before)
+
+
+def _interval(mean: float, error: float) -> list[float]:
+    """At 95 %, of what is never less than nothing."""
+    return [max(mean - 1.96 * error, 0.0), mean + 1.96 * error]
+
+
+def _wilson(share: float, samples: int) -> list[float]:
+    """At 95 %, of a share of samples.
+
+    Source: Wilson, JASA 22(158), 1927.
+    """
+    z = 1.96**2 / samples
+    middle, half = share + z / 2, (share * (1 - share) * z + z**2 / 4) ** 0.5
+    return [(middle - half) / (1 + z), (middle + half) / (1 + z)]
+
+
+def _sensitivity(problem: Problem) -> list[dict[str, Any]]:
+    table = problem.table()
+    return [
+        {"layer": layer, "site": problem.places[layer][0], "ratio": ratio, "deviation": float(table.error[i, j])}
+        for i, layer in enumerate(table.layers)
+        for j, ratio in enumerate(RATIOS[: table.error.shape[1]])
+    ]
+
+
+def calibrate(
+    program: Program, recipe: Any, data: Any, *, budget: str | Budget, **options: Any
+) -> Schedule:
+    """The schedule of `fit`; see there for what it takes."""
+    return fit(program, recipe, data, budget=budget, **options).schedule
