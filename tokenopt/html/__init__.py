@@ -203,7 +203,7 @@ def _sensitivity(found: Mapping[str, Any]) -> Section:
         Series(f"{share:.0%} kept", [(i, v) for i, p in enumerate(places) if (v := value.get((p, share))) is not None])
         for share in ratios
     ]
-    section.lead = "What it costs to reduce one layer alone, to a share of its tokens. Low layers can give tokens."
+    section.lead = "What it costs to reduce one layer alone, to a share of its tokens. Where it is low, tokens can go."
     section.figures.append(charts.lines("Deviation by layer", series, "attention", "deviation"))
     cells = [(i, p, *(_number(value.get((p, share))) for share in ratios)) for i, p in enumerate(places)]
     columns = ("", "attention", *(f"{share:.0%}" for share in ratios))
