@@ -256,7 +256,7 @@ def test_what_cannot_be_fitted_is_refused() -> None:
         fit("tome", data(), budget="flops=5%")
     assert error.value.exit_code == 5
     with pytest.raises(UsageError, match="no schedule to calibrate"):
-        fit({"name": "learned", "select": "threshold", "schedule": "r=4"}, data(), budget="flops=80%")
+        fit({"name": "learned", "select": "threshold", "fuse": "weighted", "schedule": "r=4"}, data(), budget="flops=80%")
     with pytest.raises(UsageError, match="no schedule to calibrate"):
         fit("nat", data(), budget="flops=80%")
     with pytest.raises(UsageError, match="needs data"):
