@@ -273,8 +273,8 @@ def test_onnx_runtime(engine: Engine) -> None:
 
 @pytest.mark.tensorrt
 @pytest.mark.skipif(TensorRTRTX().available() is not None, reason="tensorrt_rtx is not installed")
-def test_tensorrt_builds(everything: Program, engine: Engine, tmp_path: Path) -> None:
-    built = TensorRTRTX().build(everything, tmp_path / "model.engine", source=engine)
+def test_tensorrt_builds(everything: Program, tmp_path: Path) -> None:
+    built = TensorRTRTX().build(everything, tmp_path / "model.engine")
     assert built.path.stat().st_size and all(c.passed for c in built.parity)
 
 

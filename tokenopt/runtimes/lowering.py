@@ -26,31 +26,31 @@ _FLOOR = 40.0  # below the largest logit of a row
 _ATTENTION_OPSET = 23  # the first with an attention node
 
 
-def lower(program: Program, opset: int, floor: bool = True) -> Program:
+def lower(program: Program, opset: int, floor: bool = True, named: bool = True) -> Program:
     """A copy of the program in the operations that can be exported to this opset. Weights are shared.
 
     Args:
-        floor: see `decompose`.
+        floor, named: see `decompose`.
     """
     lowered = program.clone()
     _freeze(lowered)
     _squeeze_ones(lowered.graph)
     _keep_tensor_outputs(lowered)
     remove_dead(lowered)
-    lowered = Program(decompose(lowered.exported, opset, floor))
+    lowered = Program(decompose(lowered.exported, opset, floor, named))
     _join_columns(lowered)
     return lowered
 
 
-def decompose(exported: ExportedProgram, opset: int, floor: bool = True, tiles: bool = False) -> ExportedProgram:
+def decompose(exported: ExportedProgram, opset: int, floor: bool = True, named: bool = True) -> ExportedProgram:
     """In operations that the exporter writes, and writes right.
 
     Args:
         floor: lift hidden logits to a little below the largest of their row: the exponential of what is far below is a
             denormal number in ONNX Runtime, and its softmax several times slower. e^-40 of a probability is nothing.
-        tiles: all masks hide pairs, as those of attention in tiles do.
+        named: attention with a pattern stays one node of its name; else it is decomposed, and added masks hide pairs.
     """
-    return exported.run_decompositions(_table(opset, floor, tiles))
+    return exported.run_decompositions(_table(opset, floor, named))
 
 
 def _freeze(program: Program) -> None:
@@ -110,13 +110,13 @@ def _keep_tensor_outputs(program: Program) -> None:
     whole.signature.out_spec = pytree.tree_structure(tuple(nodes))
 
 
-def _table(opset: int, floor: bool, tiles: bool) -> dict[Any, Callable[..., Any]]:
-    attention = partial(_attention, floor=floor, hides=tiles)
-    if opset >= _ATTENTION_OPSET and not (tiles and floor):
+def _table(opset: int, floor: bool, named: bool) -> dict[Any, Callable[..., Any]]:
+    attention = partial(_attention, floor=floor, hides=not named)
+    if opset >= _ATTENTION_OPSET and (named or not floor):
         attention = _attention_node
     return {
         **ops.references(),
-        **onnx_functions.named(),
+        **(onnx_functions.named() if named else {}),
         torch.ops.tokenopt.attention.default: partial(_proportional, floor=floor),
         torch.ops.tokenopt.take_tokens.default: lowering_tokens.take_tokens,
         torch.ops.tokenopt.match_bipartite.default: lowering_tokens.match_bipartite,

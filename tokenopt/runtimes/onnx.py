@@ -45,6 +45,7 @@ class Onnx:
         *,
         opset: int = OPSET,
         floor: bool = True,
+        named: bool = True,
         tolerance: float | None = None,
         data: Sequence[Sequence[Tensor]] = (),
     ) -> Engine:
@@ -53,6 +54,7 @@ class Onnx:
         Args:
             opset: version of the ONNX operators. From 23 on, attention is one node.
             floor: masks are written as ONNX Runtime is fast with, see `decompose`.
+            named: attention with a pattern is one node, with a function as its body.
             tolerance: see `prove`.
             data: batches of inputs to compare on besides random ones and the example.
 
@@ -64,7 +66,7 @@ class Onnx:
 
         path = Path(path)
         with replacing(path, obsolete=[data_name(path)]) as staged:
-            write(program, staged, opset, floor)
+            write(program, staged, opset, floor, named)
             engine = self.load(staged)
             engine.parity = prove(program, engine, tolerance, data)
         engine.path = path
@@ -82,7 +84,7 @@ def data_name(path: Path) -> str:
     return f"{path.name}.data"
 
 
-def write(program: Program, path: Path, opset: int = OPSET, floor: bool = True) -> None:
+def write(program: Program, path: Path, opset: int = OPSET, floor: bool = True, named: bool = True) -> None:
     """Translates a program, and checks the file against the ONNX standard.
 
     Raises:
@@ -95,9 +97,9 @@ def write(program: Program, path: Path, opset: int = OPSET, floor: bool = True) 
     if opset not in OPSETS:
         raise UsageError(f"the opset {opset} cannot be exported", hint=f"{OPSETS[0]} to {OPSETS[-1]}")
     with _quiet():
-        model = _translate(program, opset, floor)
+        model = _translate(program, opset, floor, named)
         _tidy(model, program)
-        add_functions(model, opset, lambda body: _write(decompose(body, opset, floor, tiles=True), opset))
+        add_functions(model, opset, lambda body: _write(decompose(body, opset, floor, named=False), opset))
         size = sum(value.const_value.nbytes for value in model.graph.initializers.values())
         ir.save(model, path, external_data=data_name(path) if size > INLINE_LIMIT else None)
     try:
@@ -106,11 +108,11 @@ def write(program: Program, path: Path, opset: int = OPSET, floor: bool = True) 
         raise LoweringError("the exported model is not valid ONNX", where=str(path), why=_first_line(error)) from error
 
 
-def _translate(program: Program, opset: int, floor: bool) -> Any:
+def _translate(program: Program, opset: int, floor: bool, named: bool) -> Any:
     """The program as a model of onnx_ir."""
     try:
         names = {"input_names": [s.name for s in program.inputs], "output_names": [s.name for s in program.outputs]}
-        model = _write(lower(program, opset, floor).exported, opset, **names)
+        model = _write(lower(program, opset, floor, named).exported, opset, **names)
     except Exception as error:  # the exporter wraps whatever its converters raise
         causes = [error]
         while causes[-1].__cause__ is not None:

@@ -11,26 +11,26 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from tokenopt.ops import references
+from tokenopt.ops import attentions, references
 
 if TYPE_CHECKING:
     import onnx_ir as ir
 
 DOMAIN = "tokenopt"
-NAMED = ("neighborhood_attention", "tiled_attention")
 _BATCH = 2  # of the example that a body is traced with
 _DTYPES = {"FLOAT": "float32", "FLOAT16": "float16", "BFLOAT16": "bfloat16", "DOUBLE": "float64", "INT64": "int64",
            "BOOL": "bool"}  # fmt: skip
 
 
 def named() -> dict[Any, Callable[..., Tensor]]:
-    """Operation -> one node of its name."""
-    return {getattr(torch.ops.tokenopt, name).default: _node(name) for name in NAMED}
+    """Operation -> one node of its name: attention with a pattern. Dense attention is what runtimes know."""
+    patterns = attentions() - {torch.ops.tokenopt.attention.default}
+    return {target: _node(target) for target in patterns}
 
 
-def _node(name: str) -> Callable[..., Tensor]:
-    schema = getattr(torch.ops.tokenopt, name).default._schema
-    positional = [a.name for a in schema.arguments if not a.kwarg_only]
+def _node(target: Any) -> Callable[..., Tensor]:
+    name = target._schema.name.removeprefix(f"{DOMAIN}::")
+    positional = [a.name for a in target._schema.arguments if not a.kwarg_only]
 
     def call(*args: Any, **kwargs: Any) -> Tensor:
         from torch.onnx import ops as onnx_ops
@@ -103,9 +103,11 @@ def _body(node: ir.Node, name: str, opset: int, translate: Callable[..., ir.Mode
         ir.convenience.replace_all_uses_with(constant, literal.outputs[0])
         graph.insert_before(graph[0], literal)
     graph.initializers.clear()
-    arguments = [a.name for a, there in zip(operation._schema.arguments, given, strict=False) if there]
-    for value, argument in zip(graph.inputs, arguments, strict=True):
-        value.name = argument
+    for i, (argument, there) in enumerate(zip(operation._schema.arguments, given, strict=False)):
+        if there:
+            graph.inputs[i].name = argument.name
+        else:  # an operand that is left out has its place all the same
+            graph.inputs.insert(i, ir.Value(name=argument.name))
     for inner in graph:
         inner.metadata_props.clear()
     graph.opset_imports.clear()

@@ -167,7 +167,8 @@ class TensorRT:
             tf32: lets single-precision products round their operands to 10 bits, which is faster.
             tolerance: see `prove`.
             data: batches of inputs to compare on besides random ones and the example.
-            source: the program as an ONNX file that was proved already, instead of a new one.
+            source: the program as an ONNX file that was proved already, instead of a new one; one of a program with
+                attention patterns is written with ``floor`` and ``named`` False.
 
         Raises:
             LoweringError: if TensorRT is not there, cannot express the program, or fails; with its messages.
@@ -187,7 +188,7 @@ class TensorRT:
             if source is None:
                 onnx_path = Path(scratch) / "model.onnx"
                 source = onnx_runtime.Onnx().build(
-                    program, onnx_path, opset=opset, floor=False, tolerance=tolerance, data=data
+                    program, onnx_path, opset=opset, floor=False, named=False, tolerance=tolerance, data=data
                 )
             self._require_expressible(source.path)
             self._build(source.path, staged, capability, batch_profile, tf32)
