@@ -376,24 +376,23 @@ class _Fit:
         self.problem.progress(f"{stage}, {self.problem.recipe.name}, best {best:.3g}", done, total)
 
     def _best(self) -> Schedule:
-        """The best trial, if it is better than the best fixed schedule by a standard error; else that one.
+        """The best trial, if it is better than the best fixed schedule by two standard errors; else that one.
 
         The best of many trials looks better on the data it was chosen on than it is, and the mean deviation is made by
-        the few samples that are about to change their class. So the two are compared sample by sample, in the roots of
-        the deviations, which single samples do not decide.
+        the few samples that are about to change their class. So schedules are compared by the roots of the deviations,
+        which single samples do not decide, and a trial and a fixed schedule sample by sample.
         """
         if not self.found:
             raise BudgetError(f"recipe {self.problem.recipe.name} cannot meet the budget {self.budget}")
-        found = {key: self.problem.evaluate(schedule) for key, schedule in self.found.items()}
-        known = {key: e.deviation for key, e in found.items() if self._allowed(e)}
-        least = lambda keys: min(keys, key=lambda key: (known[key], key))  # noqa: E731
-        trials, fixed = ([key for key in keys if key in known] for keys in (self.trials, self.fixed.values()))
+        roots = {key: np.sqrt(self.problem.deviations(s).clip(0.0)) for key, s in self.found.items()}
+        allowed = {key for key, s in self.found.items() if self._allowed(self.problem.evaluate(s))}
+        least = lambda keys: min(keys, key=lambda key: (roots[key].mean(), key))  # noqa: E731
+        trials, fixed = ([key for key in keys if key in allowed] for keys in (self.trials, self.fixed.values()))
         if not trials or not fixed:
-            return self.found[least(known or {key: e.deviation for key, e in found.items()})]
+            return self.found[least(allowed or roots)]
         best, usual = least(trials), least(fixed)
-        roots = [np.sqrt(np.clip(self.problem.deviations(self.found[key]), 0, None)) for key in (best, usual)]
-        gain = roots[1] - roots[0]
-        surely = gain.mean() > gain.std() / len(gain) ** 0.5
+        gain = roots[usual] - roots[best]
+        surely = gain.mean() > 2 * gain.std() / len(gain) ** 0.5
         return self.found[best if surely else usual]
 
     def _allowed(self, found: Evaluation) -> bool:
