@@ -214,7 +214,7 @@ PREDICATES: list[tuple[Mask, Place, Callable[[Place, Place], bool]]] = [
 ]
 
 
-@pytest.mark.parametrize(("pattern", "grid", "predicate"), PREDICATES, ids=lambda v: repr(v)[:40])
+@pytest.mark.parametrize(("pattern", "grid", "predicate"), PREDICATES, ids=lambda v: "loops" if callable(v) else repr(v)[:40])
 def test_masks_equal_loops(pattern: Mask, grid: Place, predicate: Callable[[Place, Place], bool]) -> None:
     found = by_loops(grid, predicate)
     assert torch.equal(mask(pattern, Layout.of(*grid)), found)
