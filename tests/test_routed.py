@@ -447,13 +447,13 @@ def test_a_folder_holds_what_was_learned(vit: Program, tmp_path: Path) -> None:
     options = {
         "source": run.Source(), "build": run.Build(()), "schedule": None, "budget": None, "settings": {},
         "passes": None, "min_speedup": 0.0, "short_outputs": False, "batch_sizes": [], "threads": 1,
-        "progress": lambda *_: None,
+        "fitting": run.Fitting(), "progress": lambda *_: None,
     }  # fmt: skip
-    recipe, data = "Sorted(8, chunk=10)", tmp_path / "data.safetensors"
+    recipe, data = "Sorted(8, chunk=10)", run.Data(str(tmp_path / "data.safetensors"))
     report = run.optimize_model(tmp_path / "model.pt2", out, recipe=recipe, data=data, **options).report
     assert report.files["scorer"] == run.SCORER
     assert [parse(row["pattern"]).weights for row in report.patterns] == [str(out / run.SCORER)] * 2
-    run.optimize_model(tmp_path / "model.pt2", again, recipe=str(out / run.RECIPE), data=None, **options)
+    run.optimize_model(tmp_path / "model.pt2", again, recipe=str(out / run.RECIPE), data=run.Data(), **options)
     first, second = (load_program(folder / run.PROGRAM) for folder in (out, again))
     assert torch.equal(first.flat(images(2, 9))[0], second.flat(images(2, 9))[0])
 

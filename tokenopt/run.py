@@ -535,8 +535,7 @@ def _check_method(
                 one.with_settings(settings)
             return False
         if isinstance(found[0], AttentionRecipe):
-            found[0].with_settings(settings)
-            return False
+            return learns(SparsifyAttention(recipe=found[0].with_settings(settings)))
         return learns(ReduceTokens(found[0], schedule, settings))
     steps = parse_passes(passes)
     if recipe or schedule or settings or short_outputs:

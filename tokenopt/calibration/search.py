@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import signal
 import threading
 import time
@@ -288,7 +289,7 @@ def fit(
 def candidates(recipe: Any) -> list[Any]:
     """The recipes that a text names: one, some with commas between them, or "auto"; or a list of recipes."""
     if isinstance(recipe, str) and not Path(recipe).suffix:
-        recipe = AUTO if recipe == "auto" else [name.strip() for name in recipe.split(",")]
+        recipe = AUTO if recipe == "auto" else [n.strip() for n in re.split(r",(?![^(]*\))", recipe)]
     return [recipes.get(one) for one in (recipe if isinstance(recipe, (list, tuple)) else [recipe])]
 
 
