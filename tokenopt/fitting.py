@@ -11,8 +11,6 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, fx, nn
 
-from tokenopt.analysis.axes import propagate
-from tokenopt.analysis.sites import find_sites
 from tokenopt.attention.layout import Layout
 from tokenopt.attention.pattern import Pattern
 from tokenopt.attention.pattern import Refused as PatternRefused
@@ -23,7 +21,7 @@ from tokenopt.passes.flatten_grids import FlattenGrids
 from tokenopt.passes.fold_constants import FoldConstants
 from tokenopt.passes.raise_attention import RaiseAttention
 from tokenopt.passes.reduce_tokens import Planner, ReduceTokens
-from tokenopt.passes.sparsify_attention import layout_of
+from tokenopt.passes.sparsify_attention import layout_of, numbered_sites
 from tokenopt.pipeline import Pipeline
 from tokenopt.program import Program, flatten_tensors
 from tokenopt.schedule import Schedule
@@ -163,7 +161,7 @@ def fit_patterns(recipe: AttentionRecipe, program: Program, batches: Batches, pa
     from safetensors.torch import save_file
 
     seeing = Pipeline([FoldConstants(), RaiseAttention(), FlattenGrids()]).run(program).program
-    sites = [s for s in find_sites(propagate(seeing))[0] if s.raised]
+    sites = numbered_sites(seeing)
     patterns = {i: p for i in range(len(sites)) if (p := recipe.pattern_at(i, len(sites))) is not None}
     layouts: dict[int, Layout] = {}
     for i, pattern in patterns.items():

@@ -16,10 +16,8 @@ from tokenopt import calibration, ops, recipes
 from tokenopt.analysis.axes import propagate
 from tokenopt.analysis.cuts import find_cuts
 from tokenopt.analysis.sites import AttentionSite, find_sites
-from tokenopt.attention.learned import Predicted, Sorted
-from tokenopt.attention.pattern import Mask, Pattern
+from tokenopt.attention.pattern import Pattern
 from tokenopt.attention.recipe import AttentionRecipe
-from tokenopt.attention.routed import Routed
 from tokenopt.budget import within
 from tokenopt.calibration import Target
 from tokenopt.cost import program_flops
@@ -33,7 +31,7 @@ from tokenopt.passes.fold_constants import FoldConstants
 from tokenopt.passes.raise_attention import RaiseAttention
 from tokenopt.passes.reduce_tokens import ReduceTokens
 from tokenopt.passes.remove_dead import RemoveDead
-from tokenopt.passes.sparsify_attention import MIN_SPEEDUP, Choice, SparsifyAttention
+from tokenopt.passes.sparsify_attention import MIN_SPEEDUP, Choice, SparsifyAttention, numbered_sites
 from tokenopt.pipeline import Pass, Pipeline, PipelineResult, parse_passes
 from tokenopt.program import Program, capture, flatten_tensors
 from tokenopt.report import Report
@@ -205,13 +203,13 @@ def _sites_of(step: Pass, program: Program) -> tuple[dict[int, str], Callable[[f
     """The sites that a step rewrites, by number, and the step for some of them alone."""
     if isinstance(step, SparsifyAttention):
         recipe = step.resolved()
-        raised = [s.id for s in find_sites(propagate(program))[0] if s.raised]
+        numbered = [s.id for s in numbered_sites(program)]
         chosen = {choice.site.id for choice in step.plan(program) if choice.refusal is None}
-        sites = {n: site for n, site in enumerate(raised) if site in chosen}
+        sites = {n: site for n, site in enumerate(numbered) if site in chosen}
 
         def patterns(numbers: frozenset[int]) -> Pass:
-            pattern = {str(n): recipe.pattern_at(n, len(raised)) for n in sorted(numbers)}
-            return replace(step, pattern=None, recipe=replace(recipe, pattern=pattern))
+            pattern = {str(n): recipe.pattern_at(n, len(numbered)) for n in sorted(numbers)}
+            return replace(step, pattern=None, recipe=replace(recipe, pattern=pattern), sites="all")
 
         return sites, patterns
     if isinstance(step, ReduceTokens) and (step.resolved()[0].place.name in calibration.LAYERWISE):
@@ -317,8 +315,7 @@ def _checks(
 
 def _has_mask(step: SparsifyAttention) -> bool:
     """Whether a pattern of a step has a masked dense form to compare with: a different softmax has none."""
-    masked = Mask, Routed, Sorted, Predicted
-    return any(isinstance(pattern, masked) for pattern in step.resolved().pattern.values())
+    return any(pattern.masked for pattern in step.resolved().pattern.values())
 
 
 def _has_identity(step: Pass) -> bool:

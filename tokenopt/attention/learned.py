@@ -43,6 +43,7 @@ class Sorted(Pattern):
     weights: str | None = None
     site: int = 0
     subset: ClassVar[bool] = True
+    masked: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
         _positive(self, "centres", "chunk")
@@ -117,6 +118,7 @@ class Predicted(Pattern):
     weights: str | None = None
     site: int = 0
     subset: ClassVar[bool] = True
+    masked: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
         _positive(self, "rank", "coefficients")

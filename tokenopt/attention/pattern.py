@@ -60,12 +60,14 @@ class Pattern:
     Attributes:
         subset: whether it is the softmax over a subset of the keys, and so equals dense attention where that is all of
             them. The others are a different softmax.
+        masked: whether dense attention under some mask equals it, which is then compared with it.
 
     Raises:
         UsageError: for a setting of the wrong type.
     """
 
     subset: ClassVar[bool] = False
+    masked: ClassVar[bool] = False
     _known: ClassVar[dict[str, type[Pattern]]] = {}
 
     def __init_subclass__(cls, **options: Any) -> None:
@@ -130,6 +132,7 @@ class Mask(Pattern):
     """
 
     subset: ClassVar[bool] = True
+    masked: ClassVar[bool] = True
     anywhere: ClassVar[bool] = False
 
     def lower(self, layout: Layout) -> Lowered:

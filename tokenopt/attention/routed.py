@@ -55,6 +55,7 @@ class Routed(Pattern):
     local: int = 0
     flat: bool = False
     subset: ClassVar[bool] = True
+    masked: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
         for name in ("block", "key_block"):

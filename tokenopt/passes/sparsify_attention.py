@@ -72,7 +72,7 @@ class SparsifyAttention(Pass):
     def plan(self, program: Program) -> list[Choice]:
         """What the pass would do at each attention, in order, without doing it."""
         recipe = self.resolved()
-        sites = [s for s in find_sites(propagate(program))[0] if s.known]
+        sites = numbered_sites(program)
         if recipe.grid is not None:
             sites = with_grid(sites, recipe.grid)
         for where in recipe.pattern:
@@ -162,6 +162,11 @@ def _missing(lowered: Lowered, site: AttentionSite) -> str:
 
 def _bias(site: AttentionSite) -> fx.Node | None:
     return site.node.args[3] if len(site.node.args) > 3 else None
+
+
+def numbered_sites(program: Program) -> list[AttentionSite]:
+    """The attentions that recipes of patterns count, in order."""
+    return [s for s in find_sites(propagate(program))[0] if s.known]
 
 
 def layout_of(site: AttentionSite) -> Layout:
