@@ -195,7 +195,8 @@ def test_a_second_run_makes_no_forward_pass(monkeypatch: pytest.MonkeyPatch) -> 
     again = fit("tome", data(), budget="flops=80%")
     assert again.schedule == first.schedule
     assert len({id(p) for p in ran}) <= 1  # the dense model alone, to know what the data are
-    assert again.passes == 1
+    assert again.effort["layers"]["passes"] == 1
+    assert again.effort["search"]["passes"] == 0
     problem = Problem(canonical(), recipes.get("tome"), Batches.of(data(seed=9), program()), cache=folder())
     assert not problem._known  # other data, other measurements
 

@@ -80,6 +80,7 @@ class Report:
                of the dense model's, in the budget's unit
                gate: [{site, kept, why, speedup}]: whether a reduction stays, by what it was measured to gain
                reverted: [{site, why}]; trials: [{number, cost, deviation}]
+               effort: {stage: {passes, seconds}}, forward passes over the samples and time of each stage
                command: what repeats it
     diagnostics  {} if there were no data; else of `tokenopt.diagnostics.diagnose`, of the dense model: samples,
                window: rows and columns of a neighbourhood; layers: [{site, axis, tokens, heads, ...}], null if unknown:

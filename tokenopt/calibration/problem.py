@@ -7,7 +7,6 @@ import json
 import os
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
-from math import ceil
 from pathlib import Path
 from typing import Any
 
@@ -32,6 +31,7 @@ from tokenopt.tokens.recipe import TokenRecipe
 _BATCH = 32
 Batch = tuple[Sequence[Tensor], Tensor | None]  # inputs as flat tensors, and labels where they are known
 LAYERWISE = ("mid", "block", "attention")  # places where every layer has a number of its own
+_KEPT_PROGRAMS = 16  # they share their weights
 _KEPT_OUTPUTS = 2**28  # bytes of the dense model's outputs that are kept; beyond, they are computed again
 _PASSES = 10.0  # forward passes over the data that the table of all layers may take
 
@@ -153,7 +153,7 @@ class Problem:
         """The last few are kept."""
         key = str(schedule)
         if key not in self._programs:
-            while len(self._programs) > 3:
+            while len(self._programs) >= _KEPT_PROGRAMS:
                 self._programs.pop(next(iter(self._programs)))
             self._programs[key] = Pipeline([self._step(schedule), RemoveDead()]).run(self.program)
         return self._programs[key]
@@ -208,7 +208,7 @@ class Problem:
         deviations: list[float] = []
         right: list[bool] = []
         for i, (inputs, labels) in enumerate(batches):
-            if ceil((i + 1) * share) == ceil(i * share):  # batches all over the data: they may be in order of classes
+            if int((i + 1) * share + 1e-9) == int(i * share + 1e-9):  # from all over the data: classes may be in order
                 continue
             dense = kept[i] if i < len(kept) else self._run(self.program, inputs)
             outputs = self._run(program, inputs)
@@ -244,7 +244,8 @@ class Problem:
         places = {layer: count for layer, (_, count) in self.places.items()}
         if not places:
             raise UsageError(f"recipe {self.recipe.name} reduces nothing on this model")
-        counted, share = self.price.counted, min(1.0, _PASSES / (len(places) * len(RATIOS)))
+        one_batch = min(_BATCH / self.samples, 1.0)
+        counted, share = self.price.counted, min(1.0, max(_PASSES / (len(places) * len(RATIOS)), one_batch))
         layers, tokens = tuple(places), max(places.values())
         chained = self.recipe.place.name != "attention"
         error, saved = np.zeros((len(layers), len(RATIOS))), np.zeros((len(layers), len(RATIOS)))

@@ -9,6 +9,7 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass, field, replace
+from itertools import chain, islice
 from math import exp
 from pathlib import Path
 from typing import Any, Protocol
@@ -84,8 +85,11 @@ class Search:
             trial = study.ask()
             weights = {n: exp(trial.suggest_float(f"layer{n}", -_SPREAD, _SPREAD)) for n in table.layers}
             towards = trial.suggest_float("towards", 0.0, 1.0)
-            solved = met(problem, table, budget, lambda target, w=weights: solve(table, target, w))
-            schedule = met(problem, table, budget, _between(problem, table, solved, usual, towards))
+            solved = solve(table, budget - problem.off, weights)
+            if solved is None:
+                break
+            between = _between(problem, table, schedule_of(table.layers, solved), usual, towards)
+            schedule = met(problem, table, budget, between)
             if str(schedule) not in known:
                 yield schedule
                 known[str(schedule)] = deviation(schedule)
@@ -153,7 +157,8 @@ class Calibration:
         sensitivity: [{layer, ratio, deviation}] of every layer alone.
         gate: [{site, kept, why, speedup}], what each reduction was measured to gain.
         latency: {source, dense_ms, ms, budget_ms, met}, for a budget of latency.
-        passes: forward passes over the data, in all; seconds: it took.
+        effort: {stage: {passes, seconds}}, forward passes over the data and time, of the stages layers (each alone),
+            solution (of their table), fixed (usual schedules), search (trials, gate and engines), held_out.
         interrupted: whether the search was ended early.
     """
 
@@ -171,9 +176,13 @@ class Calibration:
     gate: list[dict[str, Any]] = field(default_factory=list)
     latency: dict[str, Any] = field(default_factory=dict)
     others: list[Calibration] = field(default_factory=list)
-    passes: float = 0.0
-    seconds: float = 0.0
+    effort: dict[str, dict[str, float]] = field(default_factory=dict)
     interrupted: bool = False
+
+    @property
+    def seconds(self) -> float:
+        """That it took."""
+        return sum(spent["seconds"] for spent in self.effort.values())
 
     @property
     def front(self) -> list[dict[str, Any]]:
@@ -196,6 +205,7 @@ class Calibration:
         return {
             "budget": str(self.budget),
             "metric": self.metric,
+            "data": {"samples": self.chosen.samples},
             "recipe": self.recipe.name,
             "schedule": self.schedule.to_dict(),
             "fitted": asdict(self.chosen),
@@ -206,8 +216,7 @@ class Calibration:
             "reverted": [{"site": row["site"], "why": row["why"]} for row in self.gate if not row["kept"]],
             "latency": self.latency,
             "trials": [{"number": i, "cost": e.cost, "deviation": e.deviation} for i, e in enumerate(self.trials)],
-            "passes": round(self.passes, 2),
-            "seconds": round(self.seconds, 2),
+            "effort": {stage: {k: round(v, 2) for k, v in spent.items()} for stage, spent in self.effort.items()},
             "interrupted": self.interrupted,
         }
 
@@ -307,10 +316,25 @@ class _Fit:
     trials: list[str] = field(default_factory=list)
     fixed: dict[str, str] = field(default_factory=dict)
     interrupted: bool = False
+    effort: dict[str, dict[str, float]] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        self._mark = 0.0, time.perf_counter()
+
+    def _spent(self, stage: str) -> None:
+        """Passes and time since the last call were spent on this stage."""
+        mark = self.problem.passes, time.perf_counter()
+        spent = self.effort.setdefault(stage, {"passes": 0.0, "seconds": 0.0})
+        for name, now, before in zip(spent, mark, self._mark, strict=True):
+            spent[name] += now - before
+        self._mark = mark
 
     def run(self, held_out: Batches | None) -> Calibration:
-        start, problem, budget = time.perf_counter(), self.problem, self.budget
+        problem, budget = self.problem, self.budget
         layerwise = problem.recipe.place.name in LAYERWISE
+        if layerwise:
+            problem.table()
+            self._spent("layers")
         if not layerwise and budget.metric not in ("flops", "tokens"):
             why = f"place {problem.recipe.place} has no layers to choose"
             raise UsageError(f"recipe {problem.recipe.name} cannot be fitted to {budget}", why=why)
@@ -340,9 +364,11 @@ class _Fit:
         if blind is not None:
             result.random = blind.evaluate(schedule)
             blind.save()
+        self._spent("search")
         if held_out is not None:
             result.held_out = self._held_out(result, blind, held_out)
-        result.passes, result.seconds = problem.passes, time.perf_counter() - start
+            self._spent("held_out")
+        result.effort = self.effort
         return result
 
     # -- one search ----------------------------------------------------------------------------------------------
@@ -361,11 +387,15 @@ class _Fit:
         return self._best()
 
     def _try_all(self, share: float, table: Table) -> None:
-        """Fixed schedules, and those of the calibrator."""
+        """The calibrator's first schedule, fixed schedules, and the calibrator's others."""
+        schedules = self.calibrator.schedules(self.problem, share, self.seed)
+        first = list(islice(schedules, 1))
+        self._spent("solution")
         for name, schedule in fixed_schedules(self.problem, table, share).items():
             self.fixed[name] = str(schedule)
             self._tried(schedule, "fixed schedules", len(self.fixed), len(FIXED) + 1)
-        for schedule in self.calibrator.schedules(self.problem, share, self.seed):
+        self._spent("fixed")
+        for schedule in chain(first, schedules):
             self.trials.append(str(schedule))
             self._tried(schedule, "search", len(self.trials), getattr(self.calibrator, "trials", 0) + 1)
 
@@ -377,7 +407,7 @@ class _Fit:
         self.problem.progress(f"{stage}, {self.problem.recipe.name}, best {best:.3g}", done, total)
 
     def _best(self) -> Schedule:
-        """The best trial, if it is better than the best fixed schedule by two standard errors; else that one.
+        """The best trial, if it is better than the best fixed schedule by a standard error; else that one.
 
         The best of many trials looks better on the data it was chosen on than it is, and the mean deviation is made by
         the few samples that are about to change their class. So schedules are compared by the roots of the deviations,
@@ -393,7 +423,7 @@ class _Fit:
             return self.found[least(allowed or roots)]
         best, usual = least(trials), least(fixed)
         gain = roots[usual] - roots[best]
-        surely = gain.mean() > 2 * gain.std() / len(gain) ** 0.5
+        surely = gain.mean() > gain.std() / len(gain) ** 0.5
         return self.found[best if surely else usual]
 
     def _allowed(self, found: Evaluation) -> bool:
@@ -519,7 +549,8 @@ class _Fit:
     def _held_out(self, result: Calibration, blind: Problem | None, data: Batches) -> dict[str, Any]:
         problem = self.problem
         found = problem.evaluate(result.schedule, data)
-        others = {name: asdict(problem.evaluate(self.found[key], data)) for name, key in self.fixed.items()}
+        unlike = {key: asdict(problem.evaluate(self.found[key], data)) for key in dict.fromkeys(self.fixed.values())}
+        others = {name: unlike[key] for name, key in self.fixed.items()}
         if blind is not None:
             others["random"] = asdict(blind.evaluate(result.schedule, data))
         return {

@@ -231,6 +231,9 @@ def _front(found: Mapping[str, Any]) -> Section:
         series = [Series("best so far", list(zip(numbers, best, strict=True)), "plain", "after"),
                   Series("trial", [(t["number"], t["deviation"]) for t in trials], "dots")]  # fmt: skip
         section.figures.append(charts.lines("Search", series, "trial", "deviation"))
+    if effort := found.get("effort"):
+        cells = [(stage.replace("_", " "), f"{e['passes']:.1f}", f"{e['seconds']:.1f}") for stage, e in effort.items()]
+        section.tables.append(Table(("stage", "passes over the data", "seconds"), cells, (1, 2), "Effort"))
     return section
 
 
