@@ -16,8 +16,6 @@ from __future__ import annotations
 
 import argparse
 import logging
-import os
-import platform
 import tempfile
 import warnings
 from collections.abc import Callable, Iterator
@@ -29,7 +27,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 import tokenopt
-from benchmarks.speed import _processor
+from benchmarks.machine import machine
 from tokenopt.attention import Layout, Neighborhood
 from tokenopt.attention.tiles import additive, reference_mask
 from tokenopt.runtimes import get
@@ -213,9 +211,8 @@ def tables(options: argparse.Namespace) -> Iterator[str]:
             for head_dim in dims:
                 yield _line(cuda_row(side, window, head_dim, options.flex))
         return
-    yield f"{_processor()}, {os.cpu_count()} cores, {options.threads} thread(s), float32, batch 1, {HEADS} heads of"
-    yield f"{HEAD_DIM}, {options.rounds} interleaved rounds, median (IQR) in ms; torch {torch.__version__}, Python"
-    yield f"{platform.python_version()}."
+    yield f"{options.threads} thread(s), float32, batch 1, {HEADS} heads of {HEAD_DIM}, {options.rounds} interleaved"
+    yield f"rounds, median (IQR) in ms; {machine()}."
     yield from ["", "## ONNX Runtime", ""]
     heads = ["tokens", "window", "dense", "dense form", "tiles", "speed-up", "predicted", "ideal", "tile bound"]
     yield from _head(heads)

@@ -11,7 +11,6 @@ schedule that is best on the fitted data. *Better* counts the seeds where calibr
 from __future__ import annotations
 
 import argparse
-import platform
 import re
 import statistics
 import sys
@@ -21,7 +20,7 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from benchmarks.speed import _processor
+from benchmarks.machine import machine
 from benchmarks.tasks import TASKS, scenes, tokenise
 from tokenopt.calibration import Search, cache_folder, fit
 from tokenopt.errors import TokenoptError
@@ -97,7 +96,7 @@ def main() -> None:
         "# Calibration",
         "",
         f"Deviation from the dense model on held-out data, mean ± standard deviation over {options.seeds} seeds;",
-        f"{options.trials} trials each; {_processor()}; torch {torch.__version__}, Python {platform.python_version()}.",
+        f"{options.trials} trials each; {machine()}.",
         "",
         "| task | recipe | FLOPs | chosen by | held-out deviation | better |",
         "|---|---|---|---|---|---|",
@@ -126,9 +125,11 @@ def _rows(task: str, recipe: str, budget: int, seeds: int, trials: int) -> list[
         with_it = [row for row in found if name in row]
         values = [row[name] for row in with_it]
         spread = statistics.stdev(values) if len(values) > 1 else 0.0
-        better = "" if name == "calibrated" else f"{sum(row['calibrated'] < row[name] for row in with_it)} of {len(with_it)}"
+        better = (
+            "" if name == "calibrated" else f"{sum(row['calibrated'] < row[name] for row in with_it)} of {len(with_it)}"
+        )
         cell = f"{statistics.mean(values):.4f} ± {spread:.4f}"
-        rows.append(f"| {task} | {recipe} | {budget} % | {name} | {cell} | {better} |")
+        rows.append(f"| {task} | {recipe} | {budget} % | {name} | {cell} | {better if name != 'calibrated' else ''} |")
     return rows
 
 

@@ -16,8 +16,6 @@ recipe is compared with that.
 from __future__ import annotations
 
 import argparse
-import os
-import platform
 import statistics
 import sys
 import time
@@ -30,7 +28,7 @@ from typing import Any
 
 import torch
 
-from benchmarks.speed import _processor
+from benchmarks.machine import machine
 from benchmarks.tasks import TASKS, Task, Trial
 from tokenopt import recipes
 from tokenopt.analysis.axes import propagate
@@ -386,8 +384,7 @@ def main() -> int:
         "",
         f"Mean ± standard deviation over {options.seeds} seeds (the measured share); best **bold**, worst *italic*, –",
         f"out of reach. Made by `python -m benchmarks.fidelity` on {date.today()};",
-        f"{_processor()}, {os.cpu_count()} cores, {torch.get_num_threads()} thread(s);",
-        f"torch {torch.__version__}, Python {platform.python_version()}.",
+        f"{torch.get_num_threads()} thread(s); {machine()}.",
         "",
     ]
     failed = False

@@ -11,8 +11,6 @@ and outputs stay short, so that restoring is part of it only where the recipe re
 from __future__ import annotations
 
 import argparse
-import os
-import platform
 import sys
 import tempfile
 import warnings
@@ -22,7 +20,7 @@ from pathlib import Path
 
 import torch
 
-from benchmarks.speed import _processor
+from benchmarks.machine import machine
 from tokenopt import recipes
 from tokenopt.cost import program_flops
 from tokenopt.passes.flatten_grids import FlattenGrids
@@ -88,7 +86,7 @@ def main() -> None:
         "# Recipe cost",
         "",
         f"ONNX Runtime CPU, 1 thread, float32, batch 1, {options.rounds} interleaved rounds, medians in ms;",
-        f"{_processor()}, {os.cpu_count()} cores; torch {torch.__version__}, Python {platform.python_version()};",
+        f"{machine()};",
         f"{date.today()}. *Share* is what the recipe takes longer than the same reductions without a decision.",
     ]
     print("\n".join(lines), flush=True)

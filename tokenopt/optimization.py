@@ -183,9 +183,7 @@ def _calibrated_recipes(recipe: Any, settings: Mapping[str, Any] | None, schedul
     return [replace(one, schedule=Schedule.parse(schedule).to_dict()) for one in found]
 
 
-def _gated(
-    steps: list[Pass], program: Program, target: Target
-) -> tuple[list[Pass], list[dict[str, Any]]]:
+def _gated(steps: list[Pass], program: Program, target: Target) -> tuple[list[Pass], list[dict[str, Any]]]:
     """The steps without the rewrites that do not pay on the target."""
     rows: list[dict[str, Any]] = []
     kept_steps = []

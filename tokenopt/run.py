@@ -589,9 +589,7 @@ def _roles(target: Output, engine: Engine) -> dict[str, str]:
     return {target.role: first.name} | {f"{target.role} {file.suffix[1:]}": file.name for file in others}
 
 
-def _latency(
-    dense: Engine, optimised: Engine, batch_sizes: Sequence[int], threads: int
-) -> Iterator[dict[str, Any]]:
+def _latency(dense: Engine, optimised: Engine, batch_sizes: Sequence[int], threads: int) -> Iterator[dict[str, Any]]:
     """Dense against optimised in one runtime, as rows of a report."""
     for batch in dense.batch_sizes(*batch_sizes):
         before, after = (row["median_ms"] for row in _measure([dense, optimised], batch, threads))

@@ -119,7 +119,9 @@ def calibrated(found: dict[str, Any]) -> RenderableType:
         cells = [f"{point['deviation']:.4g}", *("" if n is None else f"{n:.4g}" for n in numbers)]
         table.add_row(point["name"], f"{point['cost']:.1%}", *cells)
     lines = [f"recipe {found['recipe']}, {fit['budget']}, deviation: {fit['metric']}"]
-    spent = (f"{stage.replace('_', ' ')} {e['passes']:.0f} in {e['seconds']:.1f} s" for stage, e in fit["effort"].items())
+    spent = (
+        f"{stage.replace('_', ' ')} {e['passes']:.0f} in {e['seconds']:.1f} s" for stage, e in fit["effort"].items()
+    )
     lines.append(f"forward passes over {fit['fitted']['samples']} samples: {', '.join(spent)}")
     if latency := fit["latency"]:
         lines.append(f"{latency['ms']:.3f} ms of {latency['dense_ms']:.3f} ms ({latency['ratio']:.2f}x), "

@@ -117,9 +117,7 @@ def fixed_schedules(problem: Problem, table: Table, budget: float) -> dict[str, 
     return found
 
 
-def met(
-    problem: Problem, table: Table, budget: float, choose: Callable[[float], list[int] | None]
-) -> Schedule:
+def met(problem: Problem, table: Table, budget: float, choose: Callable[[float], list[int] | None]) -> Schedule:
     """A schedule whose program, rewritten, costs at most the budget.
 
     Args:
@@ -602,8 +600,6 @@ def _sensitivity(problem: Problem) -> list[dict[str, Any]]:
     ]
 
 
-def calibrate(
-    program: Program, recipe: Any, data: Any, *, budget: str | Budget, **options: Any
-) -> Schedule:
+def calibrate(program: Program, recipe: Any, data: Any, *, budget: str | Budget, **options: Any) -> Schedule:
     """The schedule of `fit`; see there for what it takes."""
     return fit(program, recipe, data, budget=budget, **options).schedule

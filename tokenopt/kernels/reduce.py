@@ -215,8 +215,6 @@ def merge_norm(
     Shapes:  as `merge_tokens` · norm_weight, norm_bias [C], contiguous  ->  y [B, M, C] · total [B, M] · normed, as y
     Equals:  ``y, total = merge_tokens(...)`` and ``layer_norm(y, (C,), norm_weight, norm_bias, epsilon)``.
     """
-    y, total, normed = _launch_merge(
-        x, weight, index, src, dst, normalize, norm_weight, norm_bias, epsilon, norm=True
-    )
+    y, total, normed = _launch_merge(x, weight, index, src, dst, normalize, norm_weight, norm_bias, epsilon, norm=True)
     assert normed is not None
     return y, total, normed

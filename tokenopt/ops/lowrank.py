@@ -140,9 +140,7 @@ def agent_attention(
     return _with_others(out, query, key, value, start, scale)
 
 
-def _with_others(
-    out: Tensor, query: Tensor, key: Tensor, value: Tensor, start: int, scale: float | None
-) -> Tensor:
+def _with_others(out: Tensor, query: Tensor, key: Tensor, value: Tensor, start: int, scale: float | None) -> Tensor:
     """Results of the queries from ``start`` on, and around them those of the others, which attend densely."""
     stop = start + out.shape[2]
     if out.shape[2] == query.shape[2]:
