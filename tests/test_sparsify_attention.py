@@ -30,6 +30,7 @@ from tokenopt.optimization import Result
 from tokenopt.passes.sparsify_attention import SparsifyAttention
 from tokenopt.pipeline import Pipeline, PipelineResult, parse_passes
 from tokenopt.program import Program, flatten_tensors
+from tokenopt.run import resolved_recipe
 from tokenopt.runtimes.tensorrt import TensorRTRTX, read_description
 
 pytestmark = pytest.mark.usefixtures("small_tiles")
@@ -333,6 +334,25 @@ def test_settings_change_the_pattern() -> None:
     ]
     assert report.recipe["settings"]["pattern"] == {"1:": "Neighborhood((3, 5))"}
     assert report.patterns[0]["keys"] == pytest.approx((64 * (15 + 1) + 65) / 65, abs=0.05)
+
+
+def test_the_least_speedup_is_repeated_from_the_resolved_recipe(tmp_path: Path) -> None:
+    recipe = {"name": "mine", "pattern": {"all": "Neighborhood(3)", "1": "Neighborhood(7)"}}
+    gains = [c.lowered.predicted for c in SparsifyAttention(recipe=recipe).plan(canonical("vit"))]
+    assert gains[1] < gains[0] < 1.1
+    least = (gains[0] + gains[1]) / 2
+    first = optimize(captured("vit"), recipe=recipe, min_speedup=least).report
+    assert [e["site"] for e in first.edits] == ["blocks.0.attn", "blocks.2.attn"]
+    path = tmp_path / "recipe.resolved.yaml"
+    path.write_text(resolved_recipe(first, None))
+    again = optimize(captured("vit"), recipe=str(path)).report
+    assert again.recipe["settings"]["min_speedup"] == least and again.patterns == first.patterns
+    assert resolved_recipe(again, None) == path.read_text()
+    assert len(optimize(captured("vit"), recipe=str(path), min_speedup=0).report.edits) == 3
+    assert len(optimize(captured("vit"), recipe=str(path), settings={"min_speedup": 0}).report.edits) == 3
+    assert not optimize(captured("vit"), recipe="nat").report.edits, "the default is 1.1"
+    with pytest.raises(UsageError, match="not a speed-up"):
+        optimize(captured("vit"), recipe=str(path), settings={"min_speedup": "fast"})
 
 
 def test_what_does_not_pay_is_refused_with_its_numbers() -> None:

@@ -232,7 +232,7 @@ def optimize_model(
     budget: str | None,
     settings: Mapping[str, Any],
     passes: str | None,
-    min_speedup: float,
+    min_speedup: float | None,
     short_outputs: bool,
     data: Data,
     batch_sizes: Sequence[int],
@@ -254,7 +254,7 @@ def optimize_model(
     if passes is None and recipe is not None and (passes := _resolved_passes(recipe)) is not None:
         recipe = None
     fits = budget is not None and data.path is not None and passes is None
-    learned_from = _check_method(recipe, schedule, settings, passes, short_outputs) or fits
+    learned_from = _check_method(recipe, schedule, settings, passes, min_speedup, short_outputs) or fits
     _protect(path, out, [PROGRAM, *(f"model{target.suffix}" for target in build.distinct)])
     clock = _Clock(progress)
     threads = threads or torch.get_num_threads()
@@ -521,8 +521,9 @@ class _Clock:
 
 
 def _check_method(
-    recipe: str | None, schedule: str | None, settings: Mapping[str, Any], passes: str | None, short_outputs: bool
-) -> bool:
+    recipe: str | None, schedule: str | None, settings: Mapping[str, Any], passes: str | None,
+    min_speedup: float | None, short_outputs: bool,
+) -> bool:  # fmt: skip
     """Whether the method learns from data.
 
     Raises:
@@ -538,10 +539,10 @@ def _check_method(
             return learns(SparsifyAttention(recipe=found[0].with_settings(settings)))
         return learns(ReduceTokens(found[0], schedule, settings))
     steps = parse_passes(passes)
-    if recipe or schedule or settings or short_outputs:
+    if recipe or schedule or settings or short_outputs or min_speedup is not None:
         raise UsageError(
             "a list of passes says all there is to do",
-            why="recipe, schedule, settings and short outputs are options of a pass then",
+            why="recipe, schedule, settings, least speed-up and short outputs are options of a pass then",
             hint='--passes "raise-attention,reduce-tokens{recipe=tome,schedule=r=8,short-outputs=true}"',
         )
     return any(learns(step) for step in steps)
