@@ -355,6 +355,25 @@ def test_the_least_speedup_is_repeated_from_the_resolved_recipe(tmp_path: Path) 
         optimize(captured("vit"), recipe=str(path), settings={"min_speedup": "fast"})
 
 
+class Causal(torch.nn.Module):
+    """Two attentions of the same queries, keys and values: one is told to be causal, the other is masked."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        attention = torch.nn.functional.scaled_dot_product_attention
+        past = torch.ones(64, 64, dtype=torch.bool).tril()
+        return attention(x, x, x, is_causal=True) + attention(x, x, x, attn_mask=past)
+
+
+def test_dense_attention_skips_what_it_is_told_to() -> None:
+    program = Pipeline(parse_passes(CANONICAL)).run(capture(Causal(), torch.randn(2, 2, 64, 8))).program
+    told, masked = SparsifyAttention("Neighborhood(8, causal=True)", grid=[64], min_speedup=0).plan(program)
+    assert told.layout == replace(masked.layout, skips=True) and masked.layout.causal and not masked.layout.skips
+    seen = (7 * 8 / 2 + 57 * 8) / 64
+    assert told.to_dict()["keys"] == masked.to_dict()["keys"] == round(seen, 1)
+    assert masked.lowered.ideal == pytest.approx(64 / seen)
+    assert told.lowered.ideal == pytest.approx((32 * 32 + 32 * 64) / 64 / seen)
+
+
 def test_what_does_not_pay_is_refused_with_its_numbers() -> None:
     result = optimize(captured("vit"), recipe="Neighborhood(3)", min_speedup=50)
     assert not result.changed and not any(r["check"] == "pattern" for r in result.report.parity)

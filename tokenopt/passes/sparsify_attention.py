@@ -121,7 +121,7 @@ class Choice:
         row |= {"tokens": self.site.queries, "grid": list(self.layout.grid) if self.layout else None}
         found = self.lowered
         row |= {name: getattr(found, name) if found else None for name in ("op", "ideal", "tile", "predicted")}
-        row["keys"] = round(self.site.keys / found.ideal, 1) if found else None
+        row["keys"] = round(self.layout.dense / self.layout.total / found.ideal, 1) if found else None
         return row | {"refusal": self.refusal.to_dict() if self.refusal else None}
 
 
@@ -198,7 +198,8 @@ def layout_of(site: AttentionSite) -> Layout:
         why = f"its {segment.length} tokens are not in the order of a grid"
         raise Refused(why, "before reductions; or grid=[h, w], if they are")
     segments = tuple((s.name, s.start, s.length) for s in site.axis.segments)
-    return Layout(site.queries, segment.start, grid, segments, site.heads, site.head_dim, site.causal)
+    skips = bool(site.node.kwargs.get("is_causal"))
+    return Layout(site.queries, segment.start, grid, segments, site.heads, site.head_dim, site.causal, skips)
 
 
 def _in_order(segment: Segment) -> bool:
