@@ -65,6 +65,30 @@ def test_what_was_kept_from_the_previous_step(tmp_path: Path) -> None:
     assert [i.name for i in engine.inputs] == ["image", "cache_0", "cache_2"]
 
 
+def test_reductions_that_end_together_keep_one_thing_for_every_token() -> None:
+    """Which tokens reach the second reduction depends on the image: its places mean other tokens in another run."""
+    model, x = small_model()
+    recipe = CACHED | {"select": "topk", "score": "energy", "fuse": "drop", "place": "block", "positions": True}
+    recipe["schedule"] = {"keep": 0.5, "layers": [1, 2]}
+    program = optimize(model, x, recipe=recipe).program
+    assert [i.name for i in program.inputs] == ["image", "cache_1"]
+    assert [o.name for o in program.outputs] == ["output_0", "next_cache_1", "positions"]
+    canvas = optimize(model, x, recipe=recipe | {"restore": "canvas"}).program
+    generator = torch.Generator().manual_seed(3)
+    cache, before = torch.randn(2, 65, 32, generator=generator), None
+    for image in torch.randn(3, 2, 3, 32, 32, generator=generator):
+        out, found, positions = program.flat(image, cache_1=cache)
+        left = torch.cat([torch.zeros(2, 1, dtype=torch.int64), positions + 1], 1)
+        assert left.shape == (2, 1 + 16) and (before is None or not torch.equal(left, before))
+        gone = torch.ones(2, 65, dtype=torch.bool).scatter(1, left, False)
+        torch.testing.assert_close(found[gone], cache[gone])
+        torch.testing.assert_close(out, model.norm(found))
+        expected, theirs = canvas.flat(image)
+        assert torch.equal(theirs, positions)
+        torch.testing.assert_close(out[~gone], expected[~gone])
+        cache, before = found, left
+
+
 def test_a_dense_model_beside_one_with_more_inputs() -> None:
     model, x = small_model()
     result = optimize(model, x, recipe="trajectory")
