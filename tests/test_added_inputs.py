@@ -97,6 +97,46 @@ def test_a_dense_model_beside_one_with_more_inputs() -> None:
     assert len(bench(engines[::-1], rounds=1, warmup=1)) == 2
 
 
+@pytest.fixture(scope="module")
+def files(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A dense model, and models that a recipe has added an input, or inputs and outputs to."""
+    folder = tmp_path_factory.mktemp("models")
+    model, x = small_model()
+    results = {"ids": optimize(model, x, recipe="trajectory"), "cached": optimize(model, x, recipe=CACHED)}
+    results["ids"].dense.save(folder / "dense.pt2")
+    for name, result in results.items():
+        result.program.save(folder / f"{name}.pt2")
+    runtimes.export(results["ids"].program, folder / "ids.onnx")
+    images, ids = np.random.default_rng(0).normal(size=(5, 3, 32, 32)), np.arange(5 * 64).reshape(5, 64) % 16
+    np.savez(folder / "image.npz", image=images)
+    np.savez(folder / "both.npz", image=images, ids=ids)
+    return folder
+
+
+def verified(files: Path, a: str, b: str, data: str | None = None, tolerance: float = 1e9) -> list[dict[str, object]]:
+    given = run.Data(None if data is None else str(files / data))
+    paths = (files / a, files / b)
+    return run.verify_models(*paths, source=run.Source(), data=given, tolerance=tolerance, progress=lambda *_: None)
+
+
+@pytest.mark.parametrize(("a", "b"), [("dense.pt2", "ids.pt2"), ("ids.onnx", "dense.pt2"), ("dense.pt2", "cached.pt2")])
+def test_a_dense_model_is_compared_with_one_with_more_inputs(files: Path, a: str, b: str) -> None:
+    rows = verified(files, a, b, "image.npz")
+    assert [row["inputs"] for row in rows] == ["random", "random", "data", "data"]
+    assert all([o["name"] for o in row["outputs"]] == ["output_0"] for row in rows)
+    assert all(row["outputs"][0]["max_abs"] > 0.01 for row in rows)
+    assert not any(row["passed"] for row in verified(files, a, b, tolerance=1e-4))
+
+
+def test_each_model_gets_its_inputs_from_the_data(files: Path) -> None:
+    dense, reduced = load(files / "dense.pt2"), load(files / "ids.pt2")
+    with np.load(files / "both.npz") as data:
+        image, ids = torch.from_numpy(data["image"]).float(), torch.from_numpy(data["ids"])
+    wanted = (dense.flat(image)[0] - reduced.flat(image, ids=ids)[0]).abs().max().item()
+    found = verified(files, "dense.pt2", "ids.pt2", "both.npz")[-1]
+    assert found["batch"] == 5 and found["outputs"][0]["max_abs"] == pytest.approx(wanted, rel=1e-4)
+
+
 def test_a_name_that_the_model_has_already() -> None:
     class Named(nn.Module):
         def __init__(self, model: nn.Module) -> None:

@@ -423,7 +423,10 @@ def verify_models(
         Rows as in a report's ``parity``, failed ones too.
     """
     reference, other = (open_model(path, source, None, progress) for path in (a, b))
-    opened = data.open(reference.inputs, source.images(getattr(reference, "program", None)))
+    narrow, wide = sorted((reference, other), key=lambda engine: len(engine.inputs))
+    opened = data.open(narrow.inputs, source.images(getattr(reference, "program", None)))
+    if opened is not None:
+        opened = opened.for_inputs(wide.inputs) or opened
     progress("compare", 0, 0)
     given = () if opened is None else (batch.inputs for batch in opened.batches(CHECKED))
     return [check.to_dict() for check in verify(reference, other, given, tolerance)]

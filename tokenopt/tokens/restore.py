@@ -109,7 +109,7 @@ class Cached(Restore, name="cached"):
 
     For steps that resemble each other, as in diffusion: feed the last outputs back; start with zeros, or with those of
     a step that removes nothing. The input of layer 3 is called cache_3; the outputs follow the model's own, by layer.
-    Reductions that end at one place share those of the first: which tokens reach a later one may change from run to run.
+    Reductions that end at one place share those of the first: which tokens reach a later one changes from run to run.
     """
 
     ends = True
