@@ -50,7 +50,7 @@ def block_sparse_attention(
     Raises:
         UsageError: shapes, dtypes or sizes that the kernel does not take.
     """
-    index = index.expand(-1, query.shape[1], -1, -1)
+    index = index.expand(*query.shape[:2], -1, -1)
     return _launch(
         query, key, value, queries[None], keys[None], index, rows, None, key_bias, causal=causal, scale=scale,
         config=config,
