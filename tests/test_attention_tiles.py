@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from math import prod
 
 import pytest
@@ -22,6 +23,7 @@ from tokenopt.attention import (
     Neighborhood,
     Nothing,
     Permuted,
+    Routed,
     Stripe,
     on,
     per_head,
@@ -281,6 +283,22 @@ def test_the_tiling_with_the_least_predicted_cost_is_taken() -> None:
         assert tile(pattern, where).predicted == pytest.approx(max(speeds))
         for queries in pattern.tilings(where):
             assert set(queries.flatten().tolist()) == set(range(240))
+
+
+@pytest.mark.parametrize(("total", "block"), [(20, 32), (100, 32), (200, 64), (1000, 256), (4096, 256)])
+def test_dense_attention_that_is_causal_skips_what_no_block_sees(total: int, block: int) -> None:
+    """A block of queries is computed up to its last query, as torch does on a CPU."""
+    where = Layout(total, 0, (total,), causal=True, skips=True)
+    assert where.dense == sum(min((i // block + 1) * block, total) for i in range(total))
+    assert replace(where, skips=False).dense == total * total
+
+
+def test_the_gain_of_a_causal_pattern_is_over_what_dense_attention_computes() -> None:
+    line = Layout(768, 0, (768,), causal=True)
+    for pattern in (Full(), Neighborhood(64, causal=True), Routed(128, topk=8, key_block=32, flat=True)):
+        masked, told = pattern.lower(line), pattern.lower(replace(line, skips=True))
+        for name in ("ideal", "tile", "predicted"):
+            assert getattr(told, name) / getattr(masked, name) == pytest.approx((768 + 256) / 2 / 768)
 
 
 def test_a_query_without_keys_is_refused() -> None:

@@ -7,6 +7,7 @@ import json
 from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import numpy as np
 import pytest
@@ -16,6 +17,7 @@ from timm.layers import Mlp
 from timm.models.vision_transformer import VisionTransformer
 
 from tokenopt import cli, run, terminal
+from tokenopt.errors import UsageError
 from tokenopt.program import capture
 from tokenopt.report import Report
 
@@ -138,6 +140,15 @@ def test_passes_are_repeated_from_the_resolved_recipe(tmp_path: Path) -> None:
     path.write_text(run.resolved_recipe(report, "raise-attention,reduce-tokens{recipe=tome}"))
     assert run._resolved_passes(str(path)) == "raise-attention,reduce-tokens{recipe=tome}"
     assert run._resolved_passes("tome") is None
+
+
+@pytest.mark.parametrize("given", [{"recipe": "tome"}, {"schedule": "r=1"}, {"min_speedup": 0.0}, {"short": True}])
+def test_what_a_list_of_passes_does_not_take(given: dict[str, Any]) -> None:
+    options = {"recipe": None, "schedule": None, "settings": {}, "min_speedup": None, "short": False} | given
+    recipe, schedule, settings, least, short = options.values()
+    with pytest.raises(UsageError, match="says all there is to do"):
+        run._check_method(recipe, schedule, settings, "raise-attention", least, short)
+    assert not run._check_method(None, None, {}, "raise-attention", None, False)
 
 
 # -- the other verbs -------------------------------------------------------------------------------------------------

@@ -40,6 +40,7 @@ class Reader(nn.Module):
         self.mlp: set[int] = set()
         self.heads: set[tuple[int, int]] = set()
         self.only = slice(None)
+        self.units = 0
         self.causal = self.seen = True
 
     def forward(self, image: Tensor, text: Tensor) -> Tensor:
@@ -59,7 +60,11 @@ class Reader(nn.Module):
                 if layer == i:
                     heads[:, head] = 0
             x = self._add(x, self.out[i](heads.transpose(1, 2).flatten(2)), i in self.attention)
-            x = self._add(x, self.down[i](F.gelu(self.up[i](self.norms[2 * i + 1](x)))), i in self.mlp)
+            hidden = F.gelu(self.up[i](self.norms[2 * i + 1](x)))
+            if i in self.mlp and self.units:
+                hidden = hidden.clone()
+                hidden[:, self.only, self.units :] = 0
+            x = self._add(x, self.down[i](hidden), i in self.mlp and not self.units)
         return x
 
     def _add(self, x: Tensor, update: Tensor, dropped: bool) -> Tensor:
@@ -92,6 +97,9 @@ def program(models: dict[bool, tuple[Reader, Program]]) -> Program:
     return models[True][1]
 
 
+Models = dict[bool, tuple[Reader, Program]]
+
+
 def dropped(program: Program, **options: object) -> PipelineResult:
     return Pipeline([FoldConstants(), RaiseAttention(), DropLayers(**options), RemoveDead()]).run(program)
 
@@ -114,6 +122,59 @@ def test_layers(
         given = inputs(rows)
         torch.testing.assert_close(result.program(*given), model(*given), rtol=1e-4, atol=1e-5)
     assert program_flops(result.program) < program_flops(program)
+
+
+@pytest.mark.parametrize("segment, only", [("", slice(None)), ("patch", slice(4, 20)), ("text", slice(20, 25))])
+@pytest.mark.parametrize("attention", ["", "1"])
+@torch.no_grad()
+def test_some_hidden_units(program: Program, models: Models, segment: str, only: slice, attention: str) -> None:
+    """The first units are left to the tokens of a segment; the others are computed for no token of it."""
+    result = dropped(program, attention=attention, mlp="0,1", segment=segment, units=0.25)
+    assert not result.refusals
+    model = copy.deepcopy(models[True][0])
+    model.attention, model.mlp, model.only, model.units = {1} if attention else set(), {0, 1}, only, WIDTH // 2
+    for rows in (1, 3):
+        given = inputs(rows)
+        torch.testing.assert_close(result.program(*given), model(*given), rtol=1e-4, atol=1e-5)
+    if not attention:
+        count = len(range(4 + PATCHES + TEXT)[only])
+        gone = 2 * count * 0.75 * 2 * 2 * 2 * WIDTH * WIDTH
+        assert program_flops(program) - program_flops(result.program) == gone
+
+
+class Gated(nn.Module):
+    """Attention, and an MLP with a gate, or one with a norm on its hidden units."""
+
+    def __init__(self, normed: bool) -> None:
+        super().__init__()
+        self.cls, self.patches = nn.Parameter(torch.randn(1, 1, WIDTH)), nn.Conv2d(3, WIDTH, 4, 4)
+        self.up, self.gate, self.down = nn.Linear(WIDTH, 24), nn.Linear(WIDTH, 24, bias=False), nn.Linear(24, WIDTH)
+        self.norm = nn.LayerNorm(24) if normed else nn.Identity()
+        self.scale = nn.Parameter(torch.randn(WIDTH))
+
+    def forward(self, image: Tensor, units: int = 24) -> Tensor:
+        patches = self.patches(image).flatten(2).transpose(1, 2)
+        x = torch.cat([self.cls.expand(image.shape[0], -1, -1), patches], 1)
+        heads = x.unflatten(2, (HEADS, -1)).transpose(1, 2)
+        x = x + F.scaled_dot_product_attention(heads, heads, heads).transpose(1, 2).flatten(2)
+        hidden = F.silu(self.gate(x)) * self.up(x)
+        if units < 24:
+            hidden = torch.cat([hidden[:, :1], F.pad(hidden[:, 1:, :units], (0, 24 - units))], 1)
+        return x + self.scale * self.down(self.norm(hidden))
+
+
+@torch.no_grad()
+def test_hidden_units_with_a_gate() -> None:
+    image = torch.randn(2, 3, 16, 16)
+    model = Gated(normed=False).eval()
+    result = dropped(capture(model, image), mlp="0", segment="patch", units=0.5)
+    assert not result.refusals
+    torch.testing.assert_close(result.program(image), model(image, units=12), rtol=1e-4, atol=1e-5)
+    normed = dropped(capture(Gated(normed=True).eval(), image), mlp="0", segment="patch", units=0.5)
+    assert not any("drop" in e.pass_spec for e in normed.edits)
+    assert "not those of linear layers" in normed.refusals[0].why
+    with pytest.raises(UsageError, match="no share of the hidden units"):
+        dropped(capture(model, image), mlp="0", units=1.5)
 
 
 @pytest.mark.parametrize("segment, only", [("patch", slice(4, 20)), ("text", slice(20, 25))])

@@ -27,8 +27,12 @@ from torch import Tensor
 triton = pytest.importorskip("triton")
 
 from tokenopt.errors import UsageError  # noqa: E402
-from tokenopt.kernels import aot, neighborhood, online, tuning  # noqa: E402
-from tokenopt.kernels.block_sparse import block_sparse_attention, block_sparse_kernel  # noqa: E402
+from tokenopt.kernels import aot, block_sparse, neighborhood, online, tuning  # noqa: E402
+from tokenopt.kernels.block_sparse import (  # noqa: E402
+    block_sparse_attention,
+    block_sparse_kernel,
+    tiled_attention,
+)
 from tokenopt.kernels.flash import attention, flash_kernel  # noqa: E402
 from tokenopt.kernels.neighborhood import neighborhood_attention, neighborhood_kernel  # noqa: E402
 from tokenopt.kernels.tuning import Config  # noqa: E402
@@ -394,54 +398,139 @@ def test_dense_case_with_large_logits_and_hidden_keys() -> None:
     assert not result[1].any()
 
 
-def some_blocks(batch: int, heads: int, rows: int, blocks: int, slots: int) -> Tensor:
-    """Lists of distinct blocks with -1 in between and behind; some are empty."""
-    index = torch.full((batch, heads, rows, slots), -1, dtype=torch.int32)
-    for b, h, i in itertools.product(range(batch), range(heads), range(rows)):
-        count = int(torch.randint(0, min(slots, blocks) + 1, ()))
-        places = torch.randperm(slots)[:count].sort().values
-        index[b, h, i, places] = torch.randperm(blocks)[:count].to(torch.int32)
-    return index
+def some_blocks(tokens: int, size: int, rows: int) -> tuple[Tensor, Tensor]:
+    """Tokens in any order cut into blocks, the last of which may be short, and so many tokens that are in none."""
+    order = torch.randperm(tokens)
+    blocks = torch.full((-(-(tokens - rows) // size), size), -1)
+    blocks.view(-1)[: tokens - rows] = order[rows:]
+    return blocks.to(DEVICE), order[:rows].to(DEVICE)
+
+
+def seen_in_blocks(index: Tensor, queries: Tensor, keys: Tensor, rows: Tensor, tokens: int, causal: bool) -> Tensor:
+    """bool [B, H, N, N], in loops; False where the query is in no block."""
+    seen = torch.zeros(*index.shape[:2], tokens, tokens, dtype=torch.bool)
+    lists, queries, keys, rows = (table.tolist() for table in (index, queries, keys, rows))
+    for b, h, t in itertools.product(*map(range, index.shape[:3])):
+        listed = [m for block in lists[b][h][t] for m in keys[block] if m >= 0] + rows
+        for i in (i for i in queries[t] if i >= 0):
+            seen[b, h, i, [m for m in listed if not causal or m <= i]] = True
+    return seen.to(DEVICE)
 
 
 @on_device
 @pytest.mark.parametrize(
-    ("queries", "keys", "blocks", "slots", "shared", "masked", "bias", "dims", "dtype", "config"),
+    ("tokens", "blocks", "listed", "rows", "shared", "causal", "bias", "dims", "dtype", "config"),
     [
-        (48, 48, (16, 16), 3, (2, 2), False, False, (16, 16), torch.float32, SMALL),
-        (41, 53, (16, 16), 3, (2, 2), False, True, (16, 16), torch.float32, SMALL),
-        (41, 90, (32, 32), 2, (1, 2), False, False, (16, 16), torch.float32, SMALL),
-        (41, 90, (32, 32), 5, (2, 1), True, True, (16, 16), torch.float32, SMALL),
-        (41, 90, (16, 32), 3, (1, 1), True, False, (80, 80), torch.float32, Config(16, 16, 4, 1)),
-        (70, 41, (32, 16), 3, (1, 1), False, True, (64, 96), half, Config(32, 16, 4, 1)),
-        (100, 130, (64, 64), 2, (1, 2), True, True, (32, 32), half, None),
+        (48, (16, 16), 2, 0, False, False, False, (16, 16), torch.float32, SMALL),
+        (53, (7, 9), 3, 1, True, False, True, (16, 16), torch.float32, SMALL),
+        (53, (7, 9), 3, 3, False, True, True, (16, 16), torch.float32, SMALL),
+        (41, (20, 5), 5, 0, True, True, False, (16, 16), torch.float32, Config(16, 32, 4, 1)),
+        (60, (16, 1), 21, 2, False, False, True, (80, 80), torch.float32, Config(16, 16, 4, 1)),  # single keys
+        (70, (32, 16), 2, 18, True, False, True, (64, 96), half, Config(32, 16, 4, 1)),
+        (130, (64, 32), 2, 1, False, True, True, (32, 32), half, None),
     ],
 )
-def test_block_sparse_case(queries, keys, blocks, slots, shared, masked, bias, dims, dtype, config) -> None:
-    rows, columns = -(-queries // blocks[0]), -(-keys // blocks[1])
-    (q,) = operands(2, 2, queries, dims[0], dtype, names=1)
-    (k,) = operands(2, 2, keys, dims[0], dtype, names=1)
-    (v,) = operands(2, 2, keys, dims[1], dtype, names=1)
-    index = some_blocks(*shared, rows, columns, slots)
-    mask = (torch.rand(1, 2, queries, keys) < 0.7).to(DEVICE) if masked else None
-    key_bias = torch.randn(2, keys, device=DEVICE) if bias else None
-    listed = (index[..., None] == torch.arange(columns)).any(-2)
-    seen = listed.repeat_interleave(blocks[0], 2).repeat_interleave(blocks[1], 3)[:, :, :queries, :keys].to(DEVICE)
-    if masked:
-        seen = seen & mask
+def test_block_sparse_case(tokens, blocks, listed, rows, shared, causal, bias, dims, dtype, config) -> None:
+    q, k = operands(2, 2, tokens, dims[0], dtype, names=2)
+    (v,) = operands(2, 2, tokens, dims[1], dtype, names=1)
+    queries, others = some_blocks(tokens, blocks[0], rows)
+    keys = torch.full((-(-(tokens - rows) // blocks[1]), blocks[1]), -1, device=DEVICE)
+    among = torch.tensor([i for i in range(tokens) if i not in others.tolist()], device=DEVICE)
+    keys.view(-1)[: len(among)] = among
+    lead = (2, 1 if shared else 2, len(queries))
+    index = torch.rand(*lead, len(keys)).topk(listed, -1).indices.to(DEVICE)
+    key_bias = torch.randn(2, tokens, device=DEVICE) if bias else None
     result = block_sparse_attention(
-        q,
-        k,
-        v,
-        index.to(DEVICE),
-        mask,
-        key_bias,
-        query_block=blocks[0],
-        key_block=blocks[1],
-        scale=0.2,
-        config=config,
+        q, k, v, index, queries, keys, others, key_bias, causal=causal, scale=0.2, config=config
     )
-    close(result, dense(q, k, v, seen, key_bias, 0.2), dtype)
+    seen = seen_in_blocks(index, queries, keys, others, tokens, causal)
+    assert result.transpose(1, 2).is_contiguous()
+    in_blocks = queries[queries >= 0]
+    close(result[:, :, in_blocks], dense(q, k, v, seen, key_bias, 0.2)[:, :, in_blocks], dtype)
+
+
+@on_device
+@pytest.mark.parametrize(
+    ("tiles", "size", "listed", "heads", "mask", "bias", "dtype", "config"),
+    [
+        (3, 16, 16, 1, None, False, torch.float32, SMALL),
+        (4, 11, 23, 1, (4, 11, 23), True, torch.float32, SMALL),
+        (4, 11, 23, 2, (2, 4, 11, 23), False, torch.float32, Config(16, 32, 4, 1)),
+        (4, 11, 37, 1, (2, 1, 4, 1, 37), True, torch.float32, SMALL),
+        (5, 20, 40, 2, (2, 2, 5, 20, 40), False, half, None),
+    ],
+)
+def test_tiled_case(tiles, size, listed, heads, mask, bias, dtype, config) -> None:
+    """Every query is in one tile, the last of which is short and repeats its last query."""
+    tokens = tiles * size - 3
+    q, k, v = operands(2, 2, tokens, 16, dtype)
+    order = torch.stack([torch.randperm(tokens) for _ in range(heads)])
+    queries = torch.cat([order, order[:, -1:].expand(-1, 3)], 1).reshape(heads, tiles, size)
+    keys = torch.rand(heads, tiles, tokens).topk(listed, -1).indices
+    added = None if mask is None else torch.randn(mask).masked_fill_(torch.rand(mask) < 0.4, -math.inf)
+    key_bias = torch.randn(2, tokens, device=DEVICE) if bias else None
+    whole = torch.zeros(2, 2, tiles, size, listed) if added is None else added.expand(2, 2, tiles, size, listed)
+    logits = torch.full((2, 2, tokens, tokens), -math.inf)
+    for b, h, t, i in itertools.product(range(2), range(2), range(tiles), range(size)):
+        of = h % heads
+        if t < tiles - 1 or i < size - 3:
+            logits[b, h, queries[of, t, i], keys[of, t]] = whole[b, h, t, i]
+        else:  # a query that is repeated sees the same
+            whole = whole.clone()
+            whole[:, :, t, i] = whole[:, :, t, size - 4]
+    added = None if added is None else whole.to(DEVICE, dtype)
+    result = tiled_attention(q, k, v, queries.to(DEVICE), keys.to(DEVICE), added, key_bias, scale=0.2, config=config)
+    logits = logits.to(DEVICE, torch.float64) + q.double() @ k.double().mT * 0.2
+    logits = logits if key_bias is None else logits + key_bias[:, None, None]
+    close(result, logits.softmax(-1).nan_to_num(0.0) @ v.double(), dtype)
+
+
+@on_device
+@pytest.mark.parametrize("size", [1, 3])
+def test_operations_take_the_kernel_case(size: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Registered for the CPU, where only the interpreter runs it, as it is for CUDA: the same as the references."""
+    from tokenopt.attention import Layout, Neighborhood, Routed, Stripe, per_head
+    from tokenopt.ops import native
+
+    calls: list[str] = []
+    kernels = {name: getattr(block_sparse, name) for name in ("block_sparse_attention", "tiled_attention")}
+    for name, kernel in kernels.items():
+        assert native._KERNELS[name, "cuda"] == f"tokenopt.kernels.block_sparse:{name}"
+        monkeypatch.setattr(block_sparse, name, lambda *a, of=name, run=kernel, **o: calls.append(of) or run(*a, **o))
+    if INTERPRETED:
+        here = {(name, "cpu"): native._KERNELS[name, "cuda"] for name in kernels}
+        monkeypatch.setattr(native, "_KERNELS", here)
+    native._load.cache_clear()
+    layout = Layout(36 + size, size, (6, 6), heads=2, head_dim=16)
+    causal = dataclasses.replace(layout, causal=True)
+    q, k, v = (torch.randn(2, 2, 36 + size, 16, device=DEVICE) for _ in range(3))
+    key_bias = {"key_bias": torch.randn(2, 36 + size, device=DEVICE)}
+    bias = {"bias": torch.randn(36 + size, 36 + size, device=DEVICE)}
+    boxes, runs = Routed(4, topk=2), Routed(8, topk=5, key_block=3, heads="each", flat=True)
+    stripes = per_head([Stripe(rows=2), Stripe(cols=3)])
+    cases = [
+        *((boxes, layout, given, "block_sparse_attention") for given in ({}, key_bias)),  # some boxes are short
+        *((runs, causal, given, "block_sparse_attention") for given in ({}, key_bias)),
+        *((stripes, layout, given, "tiled_attention") for given in ({}, key_bias)),
+        (Stripe(rows=2), causal, key_bias, "tiled_attention"),
+        (boxes, layout, bias, None),  # there is no kernel with a bias on all logits,
+        (Neighborhood(3, border="zero"), layout, {}, None),  # nor with zero keys beyond the border
+    ]
+    try:
+        for pattern, where, given, taken in cases:
+            lowered = pattern.lower(where)
+            operation = getattr(torch.ops.tokenopt, lowered.op)
+            tensors = {n: t.float() if t.dtype.is_floating_point else t for n, t in lowered.tensors.items()}
+            names = [a.name for a in operation.default._schema.arguments[3:] if not a.kwarg_only]
+            arguments = [t if t is None else t.to(DEVICE) for t in map((tensors | given).get, names)]
+            found = operation(q, k, v, *arguments, **lowered.settings)
+            assert calls == [taken] * (taken is not None), pattern
+            with native.disabled():
+                close(found, operation(q, k, v, *arguments, **lowered.settings).double(), torch.float32)
+            assert len(calls) == (taken is not None)
+            calls.clear()
+    finally:
+        native._load.cache_clear()
 
 
 @pytest.mark.gpu
@@ -454,12 +543,10 @@ def test_dense_and_block_sparse_on_gpu(dim: int, dtype: torch.dtype) -> None:
     for causal in (False, True):
         result = attention(q, k, v, bias, scale=dim**-0.5, is_causal=causal)
         close(result, dense(q, k, v, seen.tril() if causal else seen, bias, dim**-0.5), dtype)
-    index = some_blocks(2, 3, 5, 10, 6)
-    listed = (index[..., None] == torch.arange(10)).any(-2)
-    seen = listed.repeat_interleave(128, 2).repeat_interleave(64, 3)[:, :, :577, :577].to(DEVICE)
-    result = block_sparse_attention(
-        q, k, v, index.to(DEVICE), key_bias=bias, query_block=128, key_block=64, scale=dim**-0.5
-    )
+    (queries, none), (keys, _) = some_blocks(577, 128, 0), some_blocks(577, 64, 0)
+    index = torch.rand(2, 3, 5, 10).topk(6, -1).indices.to(DEVICE)
+    result = block_sparse_attention(q, k, v, index, queries, keys, none, bias, causal=True, scale=dim**-0.5)
+    seen = seen_in_blocks(index, queries, keys, none, 577, True)
     close(result, dense(q, k, v, seen, bias, dim**-0.5), dtype)
 
 
@@ -480,11 +567,9 @@ def test_case_of_operands_that_do_not_fit() -> None:
     if INTERPRETED:
         with pytest.raises(UsageError, match="interpreter"):
             attention(q.bfloat16(), k.bfloat16(), v.bfloat16(), scale=1.0)
-    index = torch.zeros(1, 1, 2, 1, dtype=torch.int32, device=DEVICE)
-    with pytest.raises(UsageError, match="power of two"):
-        block_sparse_attention(q, k, v, index, query_block=24, key_block=16, scale=1.0)
-    with pytest.raises(UsageError, match="int32"):
-        block_sparse_attention(q, k, v, index.long(), query_block=16, key_block=16, scale=1.0)
+    table = torch.arange(20, device=DEVICE).reshape(1, 1, 20)
+    with pytest.raises(UsageError, match="positive"):
+        tiled_attention(q, k, v, table, table, scale=-1.0)
 
 
 @compiled
@@ -498,10 +583,13 @@ def test_operands_on_the_cpu_are_refused() -> None:
 
 CONTIGUOUS = {f"{name}_d": 1 for name in ("query", "key", "value", "out")}
 NO_BIAS = {"bias": None, "bias_b": 0, "bias_n": 0}
+NO_MASK = {"mask": None} | {f"mask_{axis}": 0 for axis in "bhtqk"}
+MASKED = {"index": None, "rows": None} | {f"index_{axis}": 0 for axis in "bhtk"}
 
 
 def signature(kernel: Any, constants: dict[str, Any], dtype: str) -> dict[str, str]:
-    types = {"bias": "*fp32", "index": "*i32", "mask": "*u8"}
+    types = {"bias": "*fp32", "mask": f"*{dtype}"}
+    types |= dict.fromkeys(("index", "queries", "keys", "rows"), "*i64") if kernel is block_sparse_kernel else {}
     types |= dict.fromkeys(("query", "key", "value", "out"), f"*{dtype}:16")
     types |= {f"{name}_{axis}": "i32:16" for name in ("query", "key", "value", "out") for axis in "bhn"}
     return {name: types.get(name, "i32") for name in kernel.arg_names if name not in constants}
@@ -522,12 +610,13 @@ def windowed(config: Config, dim: int, extra: bool, axes: int = 2) -> dict[str, 
 def test_kernels_compile_for(capability: int) -> None:
     config = Config(64, 64, 4, 2)
     block = {"QUERIES": 64, "KEYS": 64}
-    lists = block | {"QUERY_BLOCK": 128, "KEY_BLOCK": 128, "SLOTS": 8}
+    lists = block | {"LENGTH": 128, "CAUSAL": True} | NO_MASK
     for kernel, constants, dtype in (
         (neighborhood_kernel, windowed(config, 64, extra=True), "fp16"),
         (neighborhood_kernel, windowed(config, 80, extra=False, axes=3) | NO_BIAS, "bf16"),
         (flash_kernel, head(96) | block | {"CAUSAL": True}, "fp16"),
         (block_sparse_kernel, head(64) | lists, "bf16"),
+        (block_sparse_kernel, head(64) | lists | {"CAUSAL": False} | MASKED | NO_BIAS, "fp16"),
     ):
         constants = constants | CONTIGUOUS
         types = signature(kernel, constants, dtype)
@@ -545,15 +634,17 @@ def test_kernels_compile_with_sizes_of_one() -> None:
     """Triton's launcher makes a constant of every integer argument that is 1."""
     config = Config(16, 16, 4, 2)
     block = head(16) | {"QUERIES": 16, "KEYS": 16}
-    lists = block | {"QUERY_BLOCK": 16, "KEY_BLOCK": 16, "SLOTS": 1}
-    strides = [f"{name}_{axis}" for name in ("query", "key", "value", "index") for axis in "bhn"]
+    lists = block | {"LENGTH": 1, "CAUSAL": False} | NO_MASK
+    strides = [f"{name}_{axis}" for name in ("query", "key", "value", "index") for axis in "bhnt"]
     for kernel, constants in (
         (neighborhood_kernel, windowed(config, 16, extra=True)),
         (flash_kernel, block | {"CAUSAL": False}),
         (flash_kernel, block | {"CAUSAL": True}),
         (block_sparse_kernel, lists),
     ):
-        sizes = {"heads", "start_token", "extras", "queries", "keys", "slots", *strides} & set(kernel.arg_names)
+        counts = {"heads", "start_token", "extras", "tiles", "size", "listed", "few"}
+        counts |= {"queries", "keys"} if kernel is flash_kernel else set()
+        sizes = (counts | {*strides}) & set(kernel.arg_names)
         constants = constants | CONTIGUOUS | dict.fromkeys(sizes, 1)
         aot.ptx(kernel, signature(kernel, constants, "fp16"), constants, 80)
 
@@ -571,7 +662,7 @@ def test_shipped_tiles_fit_the_smallest_device(dim: int, bits: int) -> None:
             | {
                 "neighborhood": windowed(config, dim, extra=False),
                 "flash": block | {"CAUSAL": False},
-                "block-sparse": block | {"QUERY_BLOCK": 128, "KEY_BLOCK": 128, "SLOTS": 8},
+                "block-sparse": block | {"LENGTH": 128, "CAUSAL": True} | NO_MASK,
             }[name]
         )
         types = signature(kernel, constants, f"fp{bits}")

@@ -137,31 +137,16 @@ def plan(samples: int, total: int, r: int) -> tuple[Tensor, Tensor, Tensor]:
 
 
 @interpreted
-@pytest.mark.parametrize(
-    ("dtype", "affine"),
-    [(torch.float32, (True, True)), (torch.float16, (True, False)), (torch.bfloat16, (False, False))],
-)
+@pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize(("sized", "normalize"), [(False, True), (True, False), (True, True)])
 @pytest.mark.parametrize(("total", "channels", "r"), [(4, 24, 0), (7, 5, 3), (11, 33, 4)])
-def test_merge(
-    total: int,
-    channels: int,
-    r: int,
-    sized: bool,
-    normalize: bool,
-    dtype: torch.dtype,
-    affine: tuple[bool, bool],
-) -> None:
+def test_merge(total: int, channels: int, r: int, sized: bool, normalize: bool, dtype: torch.dtype) -> None:
     from tokenopt.kernels import reduce
 
     x = torch.randn(2, total, channels).to(dtype)
     weight = torch.randint(1, 5, (2, total)).float() if sized else None
     arguments = (x, weight, *plan(2, total, r), normalize)
-    y, sizes = tokens.merge_tokens(*arguments)
-    equal(reduce.merge_tokens(*arguments), (y, sizes), dtype)
-    gain, offset = (torch.randn(channels).to(dtype) if there else None for there in affine)
-    normed = F.layer_norm(y.float(), (channels,), *(v if v is None else v.float() for v in (gain, offset)), 1e-5)
-    equal(reduce.merge_norm(*arguments, gain, offset, 1e-5), (y, sizes, normed.to(dtype)), dtype)
+    equal(reduce.merge_tokens(*arguments), tokens.merge_tokens(*arguments), dtype)
 
 
 @interpreted
@@ -274,7 +259,7 @@ def test_a_step_is_three_launches(launches: list[str]) -> None:
     from tokenopt.kernels import reduce
 
     x = torch.randn(1, 9, 8)
-    reduce.merge_norm(x, None, *reduce.match_bipartite(x, 2, 1, 9), True, None, None, 1e-5)
+    reduce.merge_tokens(x, None, *reduce.match_bipartite(x, 2, 1, 9), True)
     assert launches == ["_best", "_select", "_merge"]
 
 
@@ -333,7 +318,7 @@ def signatures(dtype: str) -> dict[str, tuple[dict[str, str], dict[str, Any]]]:
     attention = {"query": x, "key": x, "key_bias": f, "sums": f, "weight": f, "received": f}
     tiles = {"CAUSAL": True, "D": 64, "BLOCK_N": 64, "BLOCK_M": 64, "BLOCK_D": 64}
     plan = {"index": j, "src": j, "dst": j}
-    merge = {"x": x, "weight": f, **plan, "gain": x, "offset": x, "y": x, "total": f, "normed": x}
+    merge = {"x": x, "weight": f, **plan, "y": x, "total": f}
     return {
         "_best": (
             {"a": x, "b": x, "best": f, "partner": i},
@@ -346,8 +331,8 @@ def signatures(dtype: str) -> dict[str, tuple[dict[str, str], dict[str, Any]]]:
     }
 
 
-FLOATS = {"epsilon", "scale", "share"}
-LEFT_OUT = dict.fromkeys(("weight", "gain", "offset", "normed", "key_bias"))  # tensors that need not be given
+FLOATS = {"scale", "share"}
+LEFT_OUT = dict.fromkeys(("weight", "key_bias"))  # tensors that need not be given
 OFF = dict.fromkeys(("CAUSAL", "EXCLUDE_SELF", "EMPTY_IS_ZERO", "NORMALIZE"), False)
 
 
@@ -405,10 +390,8 @@ def test_step_on_a_gpu(
 
     x = torch.randn(samples, total, 768, device="cuda").to(dtype)
     weight = torch.randint(1, 9, (samples, total), device="cuda").float()
-    y, sizes = tokens.merge_tokens(x, weight, index, src, dst, True)
-    gain, offset = torch.randn(2, 768, device="cuda").to(dtype)
-    normed = F.layer_norm(y.float(), (768,), gain.float(), offset.float(), 1e-5).to(dtype)
-    equal(reduce.merge_norm(x, weight, index, src, dst, True, gain, offset, 1e-5), (y, sizes, normed), dtype)
+    arguments = (x, weight, index, src, dst, True)
+    equal(reduce.merge_tokens(*arguments), tokens.merge_tokens(*arguments), dtype)
 
 
 @pytest.mark.gpu

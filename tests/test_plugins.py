@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 import re
 import runpy
 import subprocess
@@ -11,14 +12,30 @@ from pathlib import Path
 from types import ModuleType, SimpleNamespace
 from typing import Any
 
+import numpy as np
+import onnx
 import pytest
 import torch
+from onnx.reference import ReferenceEvaluator
+from onnx.reference.op_run import OpRun
+from torch import Tensor, nn
 
 pytest.importorskip("triton")
 
+from tokenopt import capture  # noqa: E402
+from tokenopt.attention import Layout, Neighborhood  # noqa: E402
 from tokenopt.errors import LoweringError, UsageError  # noqa: E402
+from tokenopt.program import Program  # noqa: E402
+from tokenopt.runtimes import onnx as onnx_runtime  # noqa: E402
 from tokenopt.runtimes import plugins as plugin_writer  # noqa: E402
-from tokenopt.runtimes.plugins import NeighborhoodAttention, compile_problem, write_plugins  # noqa: E402
+from tokenopt.runtimes import tensorrt, tensorrt_build  # noqa: E402
+from tokenopt.runtimes.plugins import (  # noqa: E402
+    NeighborhoodAttention,
+    compile_problem,
+    problems_of,
+    write_plugins,
+)
+from tokenopt.runtimes.tensorrt import TensorRT, TensorRTRTX  # noqa: E402
 
 PLAIN = NeighborhoodAttention(
     heads=3,
@@ -181,3 +198,138 @@ def test_what_has_no_kernel_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(plugin_writer, "SHARED_LIMIT", 1024)
     with pytest.raises(LoweringError, match="shared memory"):
         compile_problem(dataclasses.replace(PLAIN, dim=16, out_dim=16), torch.float16, 80)
+
+
+# -- nodes of a network ------------------------------------------------------------------------------------------------
+
+
+class Windows(nn.Module):
+    """Attention in windows of two kinds, one with sizes of merged tokens, and a class token in front."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.qkv = nn.Linear(32, 96)
+        self.calls = [pattern.lower(LAYOUT) for pattern in (Neighborhood(3), Neighborhood((5, 2), stride=(3, 1)))]
+
+    def forward(self, x: Tensor, bias: Tensor) -> Tensor:
+        for key_bias, lowered in zip((None, bias), self.calls, strict=True):
+            q, k, v = self.qkv(x).unflatten(2, (3, 2, 16)).permute(2, 0, 3, 1, 4)
+            operation = getattr(torch.ops.tokenopt, lowered.op)
+            names = [a.name for a in operation.default._schema.arguments[3:] if not a.kwarg_only]
+            tensors = lowered.tensors | {"mask": lowered.tensors["mask"].float(), "key_bias": key_bias}
+            x = x + operation(q, k, v, *map(tensors.get, names), **lowered.settings).transpose(1, 2).flatten(2)
+        return x
+
+
+LAYOUT = Layout(64, 1, (7, 9), heads=2, head_dim=16)
+
+
+@pytest.fixture(scope="module")
+def program() -> Program:
+    torch.manual_seed(0)
+    return capture(Windows(), (torch.randn(2, 64, 32), torch.randn(2, 64)))
+
+
+def windows(query: Any, key: Any, value: Any, bias: Any, problem: str) -> Any:
+    """The node in NumPy, from the text of its problem: the queries of the grid, each over its window, in loops."""
+    of = dict(re.findall(r"([a-z]+)([\d.x]+)", problem))
+    height, width = (int(n) for n in of["grid"].split("x"))
+    (wy, wx), (sy, sx) = ([int(n) for n in of[name].split("x")] for name in ("window", "stride"))
+    start, scale = int(of["start"]), float(of["scale"])
+    out = np.zeros((len(query), height * width, *value.shape[2:]), query.dtype)
+    for y, x in np.ndindex(height, width):
+        firsts = []
+        for i, n, w, s in ((y, height, wy, sy), (x, width, wx, sx)):
+            leader = min(i // s * s + s // 2, n - 1)
+            firsts.append(min(max(leader - w // 2, 0), n - w))
+        top, left = firsts
+        seen = [start + i * width + j for i in range(top, top + wy) for j in range(left, left + wx)]
+        seen += [*range(start), *range(start + height * width, query.shape[1])]
+        logits = np.einsum("bhd,bmhd->bhm", query[:, start + y * width + x], key[:, seen]) * scale
+        logits = logits if bias is None else logits + bias[:, None, seen]
+        weights = np.exp(logits - logits.max(-1, keepdims=True))
+        out[:, y * width + x] = np.einsum("bhm,bmhd->bhd", weights / weights.sum(-1, keepdims=True), value[:, seen])
+    return out
+
+
+def test_the_network_calls_the_plugins(program: Program, tmp_path: Path) -> None:
+    class neighborhood_attention(OpRun):  # noqa: N801  (named as the operator)
+        op_domain = "tokenopt"
+
+        def _run(self, query: Any, key: Any, value: Any, problem: str) -> tuple[Any, ...]:
+            return (windows(query, key, value, None, problem),)
+
+    class neighborhood_attention_biased(OpRun):  # noqa: N801
+        op_domain = "tokenopt"
+
+        def _run(self, query: Any, key: Any, value: Any, bias: Any, problem: str) -> tuple[Any, ...]:
+            return (windows(query, key, value, bias, problem),)
+
+    path = tmp_path / "plugins.onnx"
+    onnx_runtime.write(program, path, floor=False, named=False, plugins=True)
+    model = onnx.load(path)
+    nodes = [n for n in model.graph.node if n.domain == "tokenopt"]
+    assert [n.op_type for n in nodes] == ["neighborhood_attention", "neighborhood_attention_biased"]
+    problems = problems_of(program)
+    assert [n.attribute[0].s.decode() for n in nodes] == [p.name for p in problems] and not model.functions
+    assert set(problems.values()) == {torch.float32}
+    types = {v.name: v.type.tensor_type for v in model.graph.value_info}
+    shapes = {name: [d.dim_param or d.dim_value for d in of.shape.dim] for name, of in types.items()}
+    for node, problem in zip(nodes, problems, strict=True):
+        query, out = plugin_writer._shapes(problem)
+        assert shapes[node.input[0]] == ["batch", *query] and shapes[node.output[0]] == ["batch", *out]
+    inputs = [torch.randn(3, 64, 32), torch.randn(3, 64)]
+    evaluator = ReferenceEvaluator(model, new_ops=[neighborhood_attention, neighborhood_attention_biased])
+    names = [spec.name for spec in program.inputs]
+    (found,) = evaluator.run(None, {n: t.numpy() for n, t in zip(names, inputs, strict=True)})
+    torch.testing.assert_close(torch.from_numpy(found), program.flat(*inputs)[0], atol=1e-5, rtol=1e-4)
+
+
+def test_an_engine_has_plugins_when_asked(program: Program, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Without the library: what the builder is told, and the files it is given."""
+    requests: list[tuple[set[str], str | None]] = []
+
+    def run(command: Any, input: str, **_: Any) -> Any:
+        request = json.loads(input)
+        domains = {node.domain for node in onnx.load(request["onnx"]).graph.node}
+        file = request["plugins"]
+        requests.append((domains, None if file is None else Path(file).read_text()))
+        return SimpleNamespace(returncode=1, stdout="", stderr='{"error": "no library", "where": null}')
+
+    monkeypatch.setattr(TensorRT, "available", lambda self: None)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: (8, 9))
+    monkeypatch.setattr(tensorrt, "subprocess", SimpleNamespace(run=run))
+    for options in ({}, {"plugins": True}):
+        with pytest.raises(LoweringError, match="no library"):
+            TensorRT().build(program, tmp_path / "model.engine", **options)
+    (plain, nothing), (named, text) = requests
+    assert "tokenopt" not in plain and nothing is None and "tokenopt" in named
+    kernels = [line for line in text.splitlines() if "'float32', 89)" in line]
+    assert len(kernels) == 2 and all(any(p.name in line for line in kernels) for p in problems_of(program))
+    with pytest.raises(LoweringError, match="no attention of this program"):
+        TensorRT().build(capture(nn.Linear(4, 4), (torch.randn(2, 4),)), tmp_path / "m.engine", plugins=True)
+    with pytest.raises(UsageError, match="no plugins in Python"):
+        TensorRTRTX().build(program, tmp_path / "m.engine", plugins=True)
+
+
+def test_the_builder_imports_the_plugins_first(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    library = ModuleType("tensorrt")
+
+    def parser(*_: Any) -> Any:
+        assert sys.modules["plugins_of_a_test"].HERE
+        return SimpleNamespace(
+            parse_from_file=lambda path: False,
+            get_error=lambda i: SimpleNamespace(node_operator=lambda: "", node_name=lambda: "", desc=lambda: "parsed"),
+        )
+
+    library.Logger = type("Logger", (), {"ERROR": 0, "__init__": lambda self, level: None})
+    library.NetworkDefinitionCreationFlag = SimpleNamespace()
+    library.Builder = lambda logger: SimpleNamespace(logger=logger, create_network=lambda flags: None)
+    library.OnnxParser = parser
+    monkeypatch.setitem(sys.modules, "tensorrt", library)
+    monkeypatch.setattr(sys, "path", [*sys.path])
+    (tmp_path / "plugins_of_a_test.py").write_text("HERE = True\n")
+    request = {"module": "tensorrt", "onnx": "m.onnx", "plugins": str(tmp_path / "plugins_of_a_test.py")}
+    with pytest.raises(tensorrt_build.Failure, match="parsed"):
+        tensorrt_build.build(request)
+    del sys.modules["plugins_of_a_test"]

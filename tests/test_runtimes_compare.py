@@ -225,6 +225,26 @@ def test_verify_engines() -> None:
         verify(a, narrow)
 
 
+def test_only_a_model_with_more_inputs_may_return_more() -> None:
+    x, more = InputSpec("x", "float32", ("batch", 3)), InputSpec("more", "int64", ("batch",))
+
+    def engine(inputs: tuple[InputSpec, ...], count: int) -> Function:
+        outputs = tuple(InputSpec(f"y{i}", "float32", ("batch", 3)) for i in range(count))
+        return Function(None, "function", inputs, outputs, call=lambda x, *_: [x] * count)
+
+    one, two, wider = engine((x,), 1), engine((x,), 2), engine((x, more), 2)
+    for a, b in ((one, two), (two, one)):
+        with pytest.raises(ParityError, match="outputs against"):
+            verify(a, b)
+    for a, b in ((one, wider), (wider, one)):
+        given = [[torch.ones(4, 3)], [torch.ones(2, 3), torch.ones(2, dtype=torch.int64)]]
+        checks = verify(a, b, given)
+        assert all(c.passed and list(c.outputs) == ["y0"] for c in checks)
+        assert [c.batch for c in checks] == [1, 3, 1, 4, 1, 2]
+    with pytest.raises(ParityError, match="outputs against"):
+        verify(two, engine((x, more), 1))
+
+
 def test_random_inputs_of_an_engine_fit_it() -> None:
     specs = (
         InputSpec("x", "float16", ("batch", 3)),

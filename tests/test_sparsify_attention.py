@@ -30,6 +30,7 @@ from tokenopt.optimization import Result
 from tokenopt.passes.sparsify_attention import SparsifyAttention
 from tokenopt.pipeline import Pipeline, PipelineResult, parse_passes
 from tokenopt.program import Program, flatten_tensors
+from tokenopt.run import resolved_recipe
 from tokenopt.runtimes.tensorrt import TensorRTRTX, read_description
 
 pytestmark = pytest.mark.usefixtures("small_tiles")
@@ -333,6 +334,44 @@ def test_settings_change_the_pattern() -> None:
     ]
     assert report.recipe["settings"]["pattern"] == {"1:": "Neighborhood((3, 5))"}
     assert report.patterns[0]["keys"] == pytest.approx((64 * (15 + 1) + 65) / 65, abs=0.05)
+
+
+def test_the_least_speedup_is_repeated_from_the_resolved_recipe(tmp_path: Path) -> None:
+    recipe = {"name": "mine", "pattern": {"all": "Neighborhood(3)", "1": "Neighborhood(7)"}}
+    gains = [c.lowered.predicted for c in SparsifyAttention(recipe=recipe).plan(canonical("vit"))]
+    assert gains[1] < gains[0] < 1.1
+    least = (gains[0] + gains[1]) / 2
+    first = optimize(captured("vit"), recipe=recipe, min_speedup=least).report
+    assert [e["site"] for e in first.edits] == ["blocks.0.attn", "blocks.2.attn"]
+    path = tmp_path / "recipe.resolved.yaml"
+    path.write_text(resolved_recipe(first, None))
+    again = optimize(captured("vit"), recipe=str(path)).report
+    assert again.recipe["settings"]["min_speedup"] == least and again.patterns == first.patterns
+    assert resolved_recipe(again, None) == path.read_text()
+    assert len(optimize(captured("vit"), recipe=str(path), min_speedup=0).report.edits) == 3
+    assert len(optimize(captured("vit"), recipe=str(path), settings={"min_speedup": 0}).report.edits) == 3
+    assert not optimize(captured("vit"), recipe="nat").report.edits, "the default is 1.1"
+    with pytest.raises(UsageError, match="not a speed-up"):
+        optimize(captured("vit"), recipe=str(path), settings={"min_speedup": "fast"})
+
+
+class Causal(torch.nn.Module):
+    """Two attentions of the same queries, keys and values: one is told to be causal, the other is masked."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        attention = torch.nn.functional.scaled_dot_product_attention
+        past = torch.ones(64, 64, dtype=torch.bool).tril()
+        return attention(x, x, x, is_causal=True) + attention(x, x, x, attn_mask=past)
+
+
+def test_dense_attention_skips_what_it_is_told_to() -> None:
+    program = Pipeline(parse_passes(CANONICAL)).run(capture(Causal(), torch.randn(2, 2, 64, 8))).program
+    told, masked = SparsifyAttention("Neighborhood(8, causal=True)", grid=[64], min_speedup=0).plan(program)
+    assert told.layout == replace(masked.layout, skips=True) and masked.layout.causal and not masked.layout.skips
+    seen = (7 * 8 / 2 + 57 * 8) / 64
+    assert told.to_dict()["keys"] == masked.to_dict()["keys"] == round(seen, 1)
+    assert masked.lowered.ideal == pytest.approx(64 / seen)
+    assert told.lowered.ideal == pytest.approx((32 * 32 + 32 * 64) / 64 / seen)
 
 
 def test_what_does_not_pay_is_refused_with_its_numbers() -> None:

@@ -163,8 +163,9 @@ def optimize(
         str | None, typer.Option(help='Other passes: "raise-attention,reduce-tokens{recipe=tome}".')
     ] = None,
     min_speedup: Annotated[
-        float, typer.Option(min=0.0, help="Of an attention, for a pattern to be applied to it; 0 applies it to all.")
-    ] = 1.1,
+        float | None,
+        typer.Option(min=0.0, help="Of an attention, for a pattern to be applied to it: 1.1; 0 applies it to all."),
+    ] = None,
     short_outputs: Annotated[bool, typer.Option("--short-outputs", help="Outputs keep the reduced tokens.")] = False,
     to: To = "onnx",
     opset: Opset = None,

@@ -31,7 +31,7 @@ from tokenopt.passes.fold_constants import FoldConstants
 from tokenopt.passes.raise_attention import RaiseAttention
 from tokenopt.passes.reduce_tokens import ReduceTokens
 from tokenopt.passes.remove_dead import RemoveDead
-from tokenopt.passes.sparsify_attention import MIN_SPEEDUP, Choice, SparsifyAttention, numbered_sites
+from tokenopt.passes.sparsify_attention import Choice, SparsifyAttention, numbered_sites
 from tokenopt.pipeline import Pass, Pipeline, PipelineResult, parse_passes
 from tokenopt.program import Program, capture, flatten_tensors
 from tokenopt.report import Report
@@ -68,7 +68,7 @@ def optimize(
     budget: str | Budget | None = None,
     settings: Mapping[str, Any] | None = None,
     passes: str | Iterable[Pass] | None = None,
-    min_speedup: float = MIN_SPEEDUP,
+    min_speedup: float | None = None,
     short_outputs: bool = False,
     dynamic_batch: bool = True,
     given: Sequence[Tensor] | None = None,
@@ -94,7 +94,8 @@ def optimize(
             "tokens=60%" of the dense program's: the schedule is scaled until it is met.
         settings: fields of the recipe to change.
         passes: other passes than the usual ones, as objects or as text.
-        min_speedup: of an attention, by the cost model, for a pattern to be applied there; 0 applies it everywhere.
+        min_speedup: of an attention, by the cost model, for a pattern to be applied there; 0 applies it everywhere. By
+            default the recipe's, or 1.1.
         short_outputs: outputs that carry tokens keep the reduced ones.
         dynamic_batch: as for `capture`.
         given: inputs to check on beside random ones, as flat tensors.
@@ -226,7 +227,7 @@ def _sites_of(step: Pass, program: Program) -> tuple[dict[int, str], Callable[[f
 
 def _steps(
     passes: str | Iterable[Pass] | None, recipe: Any, schedule: Any, settings: Mapping[str, Any] | None, short: bool,
-    min_speedup: float,
+    min_speedup: float | None,
 ) -> list[Pass]:  # fmt: skip
     if passes is not None:
         return parse_passes(passes) if isinstance(passes, str) else list(passes)

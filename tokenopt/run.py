@@ -232,7 +232,7 @@ def optimize_model(
     budget: str | None,
     settings: Mapping[str, Any],
     passes: str | None,
-    min_speedup: float,
+    min_speedup: float | None,
     short_outputs: bool,
     data: Data,
     batch_sizes: Sequence[int],
@@ -254,7 +254,7 @@ def optimize_model(
     if passes is None and recipe is not None and (passes := _resolved_passes(recipe)) is not None:
         recipe = None
     fits = budget is not None and data.path is not None and passes is None
-    learned_from = _check_method(recipe, schedule, settings, passes, short_outputs) or fits
+    learned_from = _check_method(recipe, schedule, settings, passes, min_speedup, short_outputs) or fits
     _protect(path, out, [PROGRAM, *(f"model{target.suffix}" for target in build.distinct)])
     clock = _Clock(progress)
     threads = threads or torch.get_num_threads()
@@ -423,7 +423,10 @@ def verify_models(
         Rows as in a report's ``parity``, failed ones too.
     """
     reference, other = (open_model(path, source, None, progress) for path in (a, b))
-    opened = data.open(reference.inputs, source.images(getattr(reference, "program", None)))
+    narrow, wide = sorted((reference, other), key=lambda engine: len(engine.inputs))
+    opened = data.open(narrow.inputs, source.images(getattr(reference, "program", None)))
+    if opened is not None:
+        opened = opened.for_inputs(wide.inputs) or opened
     progress("compare", 0, 0)
     given = () if opened is None else (batch.inputs for batch in opened.batches(CHECKED))
     return [check.to_dict() for check in verify(reference, other, given, tolerance)]
@@ -521,8 +524,9 @@ class _Clock:
 
 
 def _check_method(
-    recipe: str | None, schedule: str | None, settings: Mapping[str, Any], passes: str | None, short_outputs: bool
-) -> bool:
+    recipe: str | None, schedule: str | None, settings: Mapping[str, Any], passes: str | None,
+    min_speedup: float | None, short_outputs: bool,
+) -> bool:  # fmt: skip
     """Whether the method learns from data.
 
     Raises:
@@ -538,10 +542,10 @@ def _check_method(
             return learns(SparsifyAttention(recipe=found[0].with_settings(settings)))
         return learns(ReduceTokens(found[0], schedule, settings))
     steps = parse_passes(passes)
-    if recipe or schedule or settings or short_outputs:
+    if recipe or schedule or settings or short_outputs or min_speedup is not None:
         raise UsageError(
             "a list of passes says all there is to do",
-            why="recipe, schedule, settings and short outputs are options of a pass then",
+            why="recipe, schedule, settings, least speed-up and short outputs are options of a pass then",
             hint='--passes "raise-attention,reduce-tokens{recipe=tome,schedule=r=8,short-outputs=true}"',
         )
     return any(learns(step) for step in steps)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import operator
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -505,6 +505,8 @@ class StreamRewriter:
             elif all(v.plan.spread is None and v.plan.base is None for v in _chain(version)):
                 index = self._map(version)
                 node = self._over(dims, node, lambda n, dim: self._gather(n, dims, dim, index, version.count))
+            elif self.restore.together:
+                node = self._put(operand, dims, node, _chain(version))
             else:
                 for step in _chain(version):
                     node = self._undo(operand, dims, node, step)
@@ -526,15 +528,16 @@ class StreamRewriter:
         """The tokens that one step removed."""
         plan = step.plan
         if plan.base is not None and (self.restore.anywhere or dims == self.axes.dims(step.stream)):
-            return self._put(operand, dims, node, step)
+            return self._put(operand, dims, node, [step])
         if plan.spread is not None:
             return self._over(dims, node, lambda n, dim: self._mixed(n, dims, dim, plan.spread, step.count))
         index = self._step_map(step)
         return self._over(dims, node, lambda n, dim: self._gather(n, dims, dim, index, step.count))
 
-    def _put(self, operand: fx.Node, dims: Dims, node: fx.Node, step: _Version) -> fx.Node:
-        """The kept tokens put where they were among others."""
-        plan, editor = step.plan, self.editor
+    def _put(self, operand: fx.Node, dims: Dims, node: fx.Node, steps: Sequence[_Version]) -> fx.Node:
+        """The tokens that some steps kept, the latest first, put where they were before the first of them."""
+        (*_, step), editor = steps, self.editor
+        plan = step.plan
         at = [i for i, d in enumerate(dims) if contains(d, self.segment)]
         batch, terms = self._batch_dim(dims), dims[at[0]]
         if len(at) > 1 or batch in at or terms not in (step.terms, self.segment) or "returned" in step.cache:
@@ -543,7 +546,11 @@ class StreamRewriter:
                 where=f"{operand.name} ({module_path(operand)})",
                 hint="restore='copy'",
             )
-        index, total = (plan.index, step.total) if terms == step.terms else (self._local(step), step.before)
+        whole = terms == step.terms
+        total = step.total if whole else step.before
+        index, *parents = (s.plan.index if whole else self._local(s) for s in steps)
+        for parent in parents:
+            index = editor.insert(last_of(index, parent), aten.gather.default, parent, 1, index)
         order = [batch, at[0], *(i for i in range(len(dims)) if i not in (batch, at[0]))]
         if order != sorted(order):
             node = editor.insert(node, aten.permute.default, node, order)

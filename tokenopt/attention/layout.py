@@ -8,6 +8,8 @@ from math import prod
 import torch
 from torch import Tensor
 
+_BLOCKS = (768, 256), (192, 64), (0, 32)  # from so many queries on, so many are computed together
+
 
 @dataclass(frozen=True)
 class Layout:
@@ -21,6 +23,8 @@ class Layout:
         heads: number of attention heads.
         head_dim: features per head.
         causal: no query sees what comes after it.
+        skips: dense attention is told so, and does not compute what its blocks of queries cannot see; under a mask it
+            would.
     """
 
     total: int
@@ -30,6 +34,7 @@ class Layout:
     heads: int = 1
     head_dim: int = 64
     causal: bool = False
+    skips: bool = False
 
     @staticmethod
     def of(*grid: int, **options: int) -> Layout:
@@ -40,6 +45,14 @@ class Layout:
     def count(self) -> int:
         """Tokens on the grid."""
         return prod(self.grid)
+
+    @property
+    def dense(self) -> int:
+        """Pairs that dense attention computes in torch on a CPU: in blocks of queries, each up to its last query."""
+        if not self.skips:
+            return self.total**2
+        block = next(size for least, size in _BLOCKS if self.total >= least)
+        return sum(min(block, self.total - i) * min(i + block, self.total) for i in range(0, self.total, block))
 
     @property
     def others(self) -> list[int]:

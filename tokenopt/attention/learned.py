@@ -66,7 +66,7 @@ class Sorted(Pattern):
         stop = layout.start + layout.count
         settings = {"start": layout.start, "stop": stop, "chunk": self.chunk}
         extra = 4 * layout.total + layout.count * self.centres  # four copies, and distances to the centres
-        predicted = 1 / (1 / found.predicted + extra / layout.total**2)
+        predicted = 1 / (1 / found.predicted + extra / layout.dense)
         return replace(found, op="sorted_attention", tensors={**found.tensors, "centres": F.normalize(centres, dim=-1)},
                        settings=settings, predicted=predicted, tiles=None, dense="sorted_attention_bias")  # fmt: skip
 

@@ -103,8 +103,8 @@ class Agent(Pattern):
 
 
 def _lowered(op: str, layout: Layout, pairs: int, cost: float, settings: dict[str, Any]) -> Lowered:
-    dense = layout.total**2
-    return Lowered(op, {}, settings, dense / pairs, dense / pairs, dense / cost)
+    ratios = layout.dense / pairs, layout.dense / pairs, layout.dense / cost
+    return Lowered(op, {}, settings, *ratios)
 
 
 def _positive(name: str, value: Sizes) -> None:

@@ -20,9 +20,10 @@ class AttentionRecipe:
         sites: which attentions, counted from 0: "all", "0,2,-1", or a slice such as "::2".
         grid: the grid that their tokens form in raster order, where the graph does not show it: (height, width), or
             with frames first.
+        min_speedup: what the cost model must promise of an attention; None leaves it to the pass.
 
     Raises:
-        UsageError: for a text that is no pattern, sites that are none, or a grid that is none.
+        UsageError: for a text that is no pattern, or what is no choice of sites, grid or speed-up.
     """
 
     name: str
@@ -31,6 +32,7 @@ class AttentionRecipe:
     pattern: Pattern | str | Mapping[str, Pattern | str]
     sites: str = "all"
     grid: tuple[int, ...] | None = None
+    min_speedup: float | None = None
 
     def __post_init__(self) -> None:
         given = self.pattern if isinstance(self.pattern, Mapping) else {self.sites: self.pattern}
@@ -42,6 +44,8 @@ class AttentionRecipe:
             if not 0 < len(sizes) < 4 or not all(type(n) is int and n > 0 for n in sizes):
                 raise UsageError(f"not a grid: {self.grid!r}", hint="(height, width), or (frames, height, width)")
             object.__setattr__(self, "grid", sizes)
+        if self.min_speedup is not None and (type(self.min_speedup) not in (int, float) or self.min_speedup < 0):
+            raise UsageError(f"not a speed-up: {self.min_speedup!r}", hint="1.1, or 0 for every attention")
 
     def __hash__(self) -> int:
         return hash((self.name, repr(self.pattern)))
@@ -52,13 +56,18 @@ class AttentionRecipe:
         return found[-1] if found else None
 
     def with_settings(self, settings: Mapping[str, Any]) -> AttentionRecipe:
-        """This recipe with settings changed: ``pattern``, ``sites``, ``grid``, or a field of its patterns.
+        """This recipe with settings changed: ``pattern``, ``sites``, ``grid``, ``min_speedup``, or a field of its
+        patterns.
 
         Raises:
             UsageError: for a setting that no pattern has.
         """
-        whole = {key: value for key, value in settings.items() if key in ("pattern", "sites", "grid")}
-        recipe = replace(self, **whole) if "pattern" in whole else replace(self, grid=whole.get("grid", self.grid))
+        known = ("pattern", "sites", "grid", "min_speedup")
+        whole = {key: value for key, value in settings.items() if key in known}
+        if "pattern" in whole:
+            recipe = replace(self, **whole)
+        else:
+            recipe = replace(self, **{key: value for key, value in whole.items() if key != "sites"})
         if "sites" in whole:
             if len(recipe.pattern) > 1:
                 why = f"it has patterns for {', '.join(recipe.pattern)}"
@@ -69,8 +78,8 @@ class AttentionRecipe:
                 value = tuple(value) if isinstance(value, list) else value
                 changed = {where: with_field(p, key, value) for where, p in recipe.pattern.items()}
                 if not any(key in field_names(p) for p in recipe.pattern.values()):
-                    known = sorted({f for p in recipe.pattern.values() for f in field_names(p)})
-                    hint = f"its settings: {', '.join(['pattern', 'sites', 'grid', *known])}"
+                    inner = sorted({f for p in recipe.pattern.values() for f in field_names(p)})
+                    hint = f"its settings: {', '.join([*known, *inner])}"
                     raise UsageError(f"recipe {self.name} has no setting {key!r}", hint=hint)
                 recipe = replace(recipe, pattern=changed)
         return recipe
@@ -82,15 +91,16 @@ class AttentionRecipe:
         """Plain data that `from_dict` reads back."""
         return {"name": self.name, "summary": self.summary, "paper": self.paper,
                 "pattern": {where: repr(p) for where, p in self.pattern.items()},
-                **({"grid": list(self.grid)} if self.grid else {})}  # fmt: skip
+                **({"grid": list(self.grid)} if self.grid else {}),
+                **({} if self.min_speedup is None else {"min_speedup": self.min_speedup})}  # fmt: skip
 
     @staticmethod
     def from_dict(data: Mapping[str, Any]) -> AttentionRecipe:
         """Raises: UsageError for unknown or missing keys, or what is no pattern."""
-        unknown = sorted(set(data) - {"name", "summary", "paper", "pattern", "sites", "grid"})
+        known = [f.name for f in fields(AttentionRecipe)]
+        unknown = sorted(set(data) - set(known))
         if unknown:
-            keys = "name, summary, paper, pattern, sites, grid"
-            raise UsageError(f"an attention recipe has no key {unknown[0]!r}", hint=keys)
+            raise UsageError(f"an attention recipe has no key {unknown[0]!r}", hint=", ".join(known))
         if not {"name", "pattern"} <= set(data):
             raise UsageError("an attention recipe needs a name and a pattern")
         return AttentionRecipe(**{"summary": "", "paper": "", **data})

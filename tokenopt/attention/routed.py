@@ -174,7 +174,7 @@ class Blocks:
         seen = float(((self.queries >= 0).sum(-1) * allowed).sum())
         masked = self.layout.causal or bool((self.keys < 0).any())
         price = tile_cost(tiles, queries, keys, masked) + extra
-        ratios = (total**2 / (pairs + rows * total) for pairs in (seen, tiles * queries * keys, price))
+        ratios = (self.layout.dense / (pairs + rows * total) for pairs in (seen, tiles * queries * keys, price))
         return Lowered(op, tensors, settings, *ratios, dense=f"{op}_bias")
 
 

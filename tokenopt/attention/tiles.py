@@ -57,19 +57,19 @@ class Tiles:
     @property
     def ideal(self) -> float:
         """Speed-up of attention if only seen pairs cost anything."""
-        return self.layout.total**2 / self.seen
+        return self.layout.dense / self.seen
 
     @property
     def tile(self) -> float:
         """Speed-up of attention if every computed pair costs as much as one of dense attention."""
-        return self.layout.total**2 / self.visited
+        return self.layout.dense / self.visited
 
     @property
     def predicted(self) -> float:
         """Speed-up of attention by the cost model."""
         rows = len(self.rows) * self.layout.total
         cost = tile_cost(*self.queries.shape[1:], self.keys.shape[2], self.mask is not None)
-        return self.layout.total**2 / (rows + cost)
+        return self.layout.dense / (rows + cost)
 
     @property
     def tensors(self) -> dict[str, Tensor]:

@@ -1,19 +1,19 @@
-"""Attention of blocks of queries over a list of blocks of keys each, the form of SpargeAttention and sliding tiles.
+"""Attention of tiles of queries over a list of keys each, as tables name them: what is not listed costs nothing.
 
-Zhang et al., SpargeAttention, arXiv:2502.18137; Zhang et al., Fast Video Generation with Sliding Tile Attention,
-arXiv:2502.04507. What is not on the list costs nothing: no score is computed and no key is read.
+The lists are constant, as those of sliding tiles (Zhang et al., arXiv:2502.04507), or are put together from the blocks
+that the content chooses (Zhang et al., SpargeAttention, arXiv:2502.18137). Queries and keys are read where they lie, by
+their positions, and results are written in place: nothing is gathered in memory.
 """
 
 from __future__ import annotations
 
-import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from tokenopt.errors import UsageError
 from tokenopt.kernels import online, tuning
 from tokenopt.kernels.online import accumulate, finish, initial, load_rows, scores
+from tokenopt.kernels.tiles import block
 
 
 def block_sparse_attention(
@@ -21,71 +21,126 @@ def block_sparse_attention(
     key: Tensor,
     value: Tensor,
     index: Tensor,
-    mask: Tensor | None = None,
+    queries: Tensor,
+    keys: Tensor,
+    rows: Tensor,
     key_bias: Tensor | None = None,
     *,
-    query_block: int,
-    key_block: int,
+    causal: bool,
     scale: float,
     config: tuning.Config | None = None,
 ) -> Tensor:
-    """Attention in which a block of queries sees only the blocks of keys on its list.
+    """Attention in which a block of queries sees the blocks of keys on its list, and the tokens in no block.
 
     Args:
-        query: [B, H, N, D], any strides; D up to 256.
-        key, value: [B, H, M, D] and [B, H, M, E], any strides.
-        index: int32 [B or 1, H or 1, ceil(N / query_block), K], the blocks of keys that a block of queries sees: each
-            at most once, -1 for none, best at the end. The last blocks may be shorter.
-        mask: bool, broadcast to [B, H, N, M]; a query does not see a key where it is False. Only blocks on the list
-            are read.
-        key_bias: [B, M], added to the scaled logits of a key.
-        query_block, key_block: powers of two from 16 on.
+        query, key: [B, H, N, D], any strides; D up to 256.
+        value: [B, H, N, E], any strides.
+        index: int64 [B, H or 1, T, K], the blocks of keys that a block of queries sees, each once.
+        queries, keys: int64 [T, Q], [S, L], the positions of the tokens of each block; -1 for none.
+        rows: int64 [R], the positions of tokens that all see.
+        key_bias: [B, N], added to the scaled logits of a key.
+        causal: no query sees what comes after it.
         scale: positive.
         config: how to run it; by default what the table says for the device. Its tiles are cut down to the blocks.
 
     Returns:
-        [B, H, N, E] in the memory of [B, N, H, E]; a row that sees no key is 0.
+        [B, H, N, E] in the memory of [B, N, H, E]. A query that sees no key gets 0; what is in no block of queries is
+        not written.
 
     Raises:
         UsageError: shapes, dtypes or sizes that the kernel does not take.
     """
-    online.check_operands(query, key, value, key_bias, scale)
-    batch, heads, queries, dim = query.shape
-    keys, out_dim = value.shape[2:]
-    _check_blocks(query, keys, index, mask, query_block, key_block)
-    index = index.expand(batch, heads, -1, -1)
+    index = index.expand(*query.shape[:2], -1, -1)
+    return _launch(
+        query, key, value, queries[None], keys[None], index, rows, None, key_bias, causal=causal, scale=scale,
+        config=config,
+    )  # fmt: skip
+
+
+def tiled_attention(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    queries: Tensor,
+    keys: Tensor,
+    mask: Tensor | None = None,
+    key_bias: Tensor | None = None,
+    *,
+    scale: float,
+    config: tuning.Config | None = None,
+) -> Tensor:
+    """Attention of each tile of queries over its own list of keys.
+
+    Args:
+        queries, keys: int64 [h, T, Q], [h, T, K] positions; h is H, or 1 where all heads share them. A query may be
+            in several places.
+        mask: additive, [T, Q, K], [H or 1, T, Q, K] or [B or 1, H or 1, T, Q or 1, K].
+        others: as of `block_sparse_attention`.
+
+    Returns, Raises:
+        as `block_sparse_attention`.
+    """
     if mask is not None:
-        mask = mask.view(torch.uint8).expand(batch, heads, queries, keys)
-    config = config or tuning.lookup("block-sparse", query, tokens=keys)
-    tile_queries, tile_keys = min(config.queries, query_block), min(config.keys, key_block)
-    out = online.empty_output(query, queries, value)
-    grid = (triton.cdiv(queries, tile_queries) * heads * batch,)
+        mask = mask.expand(*query.shape[:2], *queries.shape[1:], keys.shape[2])
+    return _launch(
+        query, key, value, queries, keys, None, None, mask, key_bias, causal=False, scale=scale, config=config
+    )
+
+
+def supported(query: Tensor, key: Tensor, value: Tensor, *others: Tensor) -> bool:
+    """Whether the kernel takes these operands: see ops/native.py. Tables and biases are as the operations have them."""
+    return online.supported(query, key, value)
+
+
+def _launch(
+    query: Tensor, key: Tensor, value: Tensor, queries: Tensor, keys: Tensor, index: Tensor | None,
+    rows: Tensor | None, mask: Tensor | None, key_bias: Tensor | None, *, causal: bool, scale: float,
+    config: tuning.Config | None,
+) -> Tensor:  # fmt: skip
+    online.check_operands(query, key, value, key_bias, scale)
+    batch, heads, tokens, dim = query.shape
+    out_dim = value.shape[3]
+    queries, keys = queries.contiguous(), keys.contiguous()
+    _, tiles, size = queries.shape
+    length = keys.shape[2]
+    listed = length if index is None else index.shape[3] * length
+    few = 0 if rows is None else rows.shape[0]
+    rows = rows if few else None
+    config = config or tuning.lookup("block-sparse", query, tokens=tokens)
+    tile_queries, tile_keys = block(size, config.queries), block(listed + few, config.keys)
+    out = online.empty_output(query, tokens, value)
+    apart = lambda table: table.stride(0) if table.shape[0] > 1 else 0  # noqa: E731  (heads may share a table)
     with online.on_device_of(query):
-        block_sparse_kernel[grid](
+        block_sparse_kernel[(triton.cdiv(size, tile_queries) * tiles * heads * batch,)](
             query,
             key,
             value,
+            queries,
+            keys,
             index,
+            rows,
             mask,
             key_bias,
             heads,
-            queries,
-            keys,
-            index.shape[3],
+            tiles,
+            size,
+            listed,
+            few,
             *query.stride(),
             *key.stride(),
             *value.stride(),
-            *index.stride(),
-            *(mask.stride() if mask is not None else (0, 0, 0, 0)),
+            apart(queries),
+            apart(keys),
+            *(index.stride() if index is not None else (0, 0, 0, 0)),
+            *(mask.stride() if mask is not None else (0, 0, 0, 0, 0)),
             *(key_bias.stride() if key_bias is not None else (0, 0)),
             *out.stride(),
             out,
             SCALE=online.exponent_scale(scale),
-            QUERY_BLOCK=query_block,
-            KEY_BLOCK=key_block,
+            CAUSAL=causal,
+            LENGTH=length,
             QUERIES=tile_queries,
             KEYS=tile_keys,
-            SLOTS=triton.next_power_of_2(index.shape[3]),
             D=dim,
             D_CHUNKS=online.chunks(dim),
             E=out_dim,
@@ -96,27 +151,23 @@ def block_sparse_attention(
     return out
 
 
-def _check_blocks(
-    query: Tensor, keys: int, index: Tensor, mask: Tensor | None, query_block: int, key_block: int
-) -> None:
-    """Raises a UsageError unless index and mask fit."""
-    batch, heads, queries, _ = query.shape
-    why = None
-    if any(block < 16 or block & (block - 1) for block in (query_block, key_block)):
-        why = "a block must be a power of two, 16 or more"
-    elif index.dim() != 4 or index.shape[0] not in (1, batch) or index.shape[1] not in (1, heads):
-        why = "the index must be [batch or 1, heads or 1, query blocks, key blocks seen]"
-    elif index.dtype != torch.int32 or index.shape[2] != triton.cdiv(queries, query_block) or not index.shape[3]:
-        why = f"the index must be int32 with a list for each of {triton.cdiv(queries, query_block)} blocks of queries"
-    elif mask is not None and (
-        mask.dtype != torch.bool
-        or mask.dim() != 4
-        or any(have not in (1, want) for have, want in zip(mask.shape, (batch, heads, queries, keys), strict=True))
-    ):
-        why = "the mask must be bool and broadcast to [batch, heads, queries, keys]"
-    if why:
-        where = f"index {index.dtype} {list(index.shape)}, blocks of {query_block} queries and {key_block} keys"
-        raise UsageError("this block-sparse attention has no kernel", where=where, why=why)
+@triton.jit
+def _positions(keys, index, rows, first, listed, few, index_k, LENGTH: tl.constexpr, KEYS: tl.constexpr):
+    """Where the next keys of a list lie, -1 behind its end: those of the listed blocks, then the tokens in no block."""
+    place = first + tl.arange(0, KEYS)
+    known = place < listed
+    if index is None:
+        column = tl.load(keys + place, mask=known, other=-1)
+    elif LENGTH % KEYS == 0:  # all of one block
+        number = tl.load(index + first // LENGTH * index_k, mask=first < listed, other=0)
+        column = tl.load(keys + number * LENGTH + first % LENGTH + tl.arange(0, KEYS), mask=known, other=-1)
+    else:
+        number = tl.load(index + place // LENGTH * index_k, mask=known, other=0)
+        column = tl.load(keys + number * LENGTH + place % LENGTH, mask=known, other=-1)
+    if rows is not None:
+        beside = tl.load(rows + place - listed, mask=(place >= listed) & (place < listed + few), other=-1)
+        column = tl.where(known, column, beside)
+    return column.to(tl.int32)
 
 
 @triton.jit
@@ -124,13 +175,17 @@ def block_sparse_kernel(
     query,
     key,
     value,
+    queries,
+    keys,
     index,
+    rows,
     mask,
     bias,
     heads,
-    queries,
-    keys,
-    slots,
+    tiles,
+    size,
+    listed,
+    few,
     query_b,
     query_h,
     query_n,
@@ -143,14 +198,17 @@ def block_sparse_kernel(
     value_h,
     value_n,
     value_d,
+    queries_h,
+    keys_h,
     index_b,
     index_h,
-    index_n,
+    index_t,
     index_k,
     mask_b,
     mask_h,
-    mask_n,
-    mask_m,
+    mask_t,
+    mask_q,
+    mask_k,
     bias_b,
     bias_n,
     out_b,
@@ -159,61 +217,68 @@ def block_sparse_kernel(
     out_d,
     out,
     SCALE: tl.constexpr,
-    QUERY_BLOCK: tl.constexpr,
-    KEY_BLOCK: tl.constexpr,
+    CAUSAL: tl.constexpr,
+    LENGTH: tl.constexpr,
     QUERIES: tl.constexpr,
     KEYS: tl.constexpr,
-    SLOTS: tl.constexpr,
     D: tl.constexpr,
     D_CHUNKS: tl.constexpr,
     E: tl.constexpr,
     E_CHUNKS: tl.constexpr,
 ):
-    """A program computes QUERIES queries of one head. Launch ceil(queries / QUERIES) * heads * batch programs."""
+    """A program computes QUERIES queries of a tile of one head. Launch ceil(size / QUERIES) * tiles * heads * batch.
+
+    size: queries per tile. listed: keys on a tile's list, in blocks of LENGTH where there is an index. few: of rows.
+    """
     D1: tl.constexpr = D_CHUNKS[0]
     D2: tl.constexpr = D_CHUNKS[1]
     E1: tl.constexpr = E_CHUNKS[0]
     E2: tl.constexpr = E_CHUNKS[1]
-    PARTS: tl.constexpr = KEY_BLOCK // KEYS
-    tiles = tl.cdiv(queries, QUERIES)
+    parts = tl.cdiv(size, QUERIES)
     program = tl.program_id(0)
-    first = program % tiles * QUERIES
-    head = (program // tiles % heads).to(tl.int64)
-    sample = (program // (tiles * heads)).to(tl.int64)
+    at = program % parts * QUERIES + tl.arange(0, QUERIES)
+    tile = (program // parts % tiles).to(tl.int64)
+    head = (program // (parts * tiles) % heads).to(tl.int64)
+    sample = (program // (parts * tiles * heads)).to(tl.int64)
     query += sample * query_b + head * query_h
     key += sample * key_b + head * key_h
     value += sample * value_b + head * value_h
-    index += sample * index_b + head * index_h + first // QUERY_BLOCK * index_n
+    queries += head * queries_h + tile * size
+    keys += head * keys_h
     out += sample * out_b + head * out_h
+    if index is not None:
+        index += sample * index_b + head * index_h + tile * index_t
+    else:
+        keys += tile * LENGTH
     if mask is not None:
-        mask += sample * mask_b + head * mask_h
+        mask += sample * mask_b + head * mask_h + tile * mask_t
     if bias is not None:
         bias += sample * bias_b
 
-    row = first + tl.arange(0, QUERIES)
-    there = row < queries
+    row = tl.load(queries + at, mask=at < size, other=-1).to(tl.int32)
+    there = row >= 0
     q1 = load_rows(query, row, query_n, query_d, there, 0, D1, D)
     q2 = q1
     if D2 > 0:
         q2 = load_rows(query, row, query_n, query_d, there, D1, D2, D)
     peak, total, acc1, acc2 = initial(QUERIES, E1, E2)
 
-    # the -1 at the end of a list are not visited
-    slot = tl.arange(0, SLOTS)
-    listed = tl.load(index + slot * index_k, mask=slot < slots, other=-1)
-    used = tl.max(tl.where(listed >= 0, slot + 1, 0), 0)
-    for part in range(0, used * PARTS):
-        block = tl.load(index + part // PARTS * index_k)
-        at = block * KEY_BLOCK + part % PARTS * KEYS
-        column = at + tl.arange(0, KEYS)
-        valid = (column < keys) & (block >= 0)
+    # positions are read a block ahead, so that the loads of keys and values need not wait for them
+    following = _positions(keys, index, rows, 0, listed, few, index_k, LENGTH, KEYS)
+    for first in range(0, listed + few, KEYS):
+        column = following
+        following = _positions(keys, index, rows, first + KEYS, listed, few, index_k, LENGTH, KEYS)
+        valid = column >= 0
+        seen = valid[None, :]
+        if CAUSAL:
+            seen = seen & (column[None, :] <= row[:, None])
         s = scores(q1, q2, key, column, key_n, key_d, valid, D, D1, D2)
         if mask is not None:
-            # 64 bits: a mask of all queries and keys may be larger than 2^31
-            seen = mask + row[:, None].to(tl.int64) * mask_n + column[None, :] * mask_m
-            s = tl.where(tl.load(seen, mask=there[:, None] & valid[None, :], other=0) != 0, s, -float("inf"))
-        elif (block < 0) | (at + KEYS > keys):
-            s = tl.where(valid[None, :], s, -float("inf"))
+            place = first + tl.arange(0, KEYS)
+            inside = (at < size)[:, None] & (place < listed)[None, :]
+            added = tl.load(mask + at[:, None] * mask_q + place[None, :] * mask_k, mask=inside, other=0.0)
+            s += added.to(tl.float32) * (1.4426950408889634 / SCALE)
+        s = tl.where(seen, s, -float("inf"))
         peak, total, acc1, acc2 = accumulate(
             s, peak, total, acc1, acc2, value, bias, column, value_n, value_d, bias_n, valid, SCALE, E, E1, E2
         )

@@ -1,4 +1,4 @@
-"""Merging tokens in three launches: match (two of them), then merge with the LayerNorm that follows (one).
+"""Merging tokens in three launches: two to match, one to merge.
 
 The torch references take about twenty, and write the similarity matrix. Bolya et al., Token Merging, arXiv:2210.09461.
 """
@@ -107,8 +107,8 @@ def match_bipartite(metric: Tensor, r: int, start: int, stop: int) -> tuple[Tens
 
 @triton.jit(do_not_specialize=["places", "removed"])
 def _merge(
-    x, weight, index, src, dst, gain, offset, y, total, normed, places, removed, channels, epsilon,
-    x_b, x_n, x_c, w_b, w_n, NORMALIZE: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_R: tl.constexpr,
+    x, weight, index, src, dst, y, total, places, removed, channels, x_b, x_n, x_c, w_b, w_n,
+    NORMALIZE: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_R: tl.constexpr,
 ):  # fmt: skip
     """One place of the output: its own token and all that are merged into it, so that nothing is added atomically."""
     program = tl.program_id(0).to(tl.int64)
@@ -152,38 +152,7 @@ def _merge(
             merged += row * (share / divisor)
             here = tl.where(r == at, 0, here)
             left -= 1
-    stored = merged.to(y.dtype.element_ty)
-    tl.store(y + program * channels + c, stored, mask=c < channels)
-
-    if normed is not None:
-        merged = stored.to(tl.float32)
-        deviation = tl.where(c < channels, merged - tl.sum(merged, 0) / channels, 0.0)
-        out = deviation * tl.rsqrt(tl.sum(deviation * deviation, 0) / channels + epsilon)
-        if gain is not None:
-            out *= tl.load(gain + c, mask=c < channels, other=0.0).to(tl.float32)
-        if offset is not None:
-            out += tl.load(offset + c, mask=c < channels, other=0.0).to(tl.float32)
-        tl.store(normed + program * channels + c, out.to(normed.dtype.element_ty), mask=c < channels)
-
-
-def _launch_merge(
-    x: Tensor, weight: Tensor | None, index: Tensor, src: Tensor, dst: Tensor, normalize: bool,
-    gain: Tensor | None, offset: Tensor | None, epsilon: float, norm: bool,
-) -> tuple[Tensor, Tensor, Tensor | None]:  # fmt: skip
-    samples, places = index.shape
-    channels = x.shape[2]
-    y = x.new_empty((samples, places, channels))
-    normed = torch.empty_like(y) if norm else None
-    total = x.new_empty((samples, places), dtype=torch.float32)
-    columns = block(channels, channels * 2)
-    with torch.cuda.device_of(x):
-        _merge[(samples * places,)](
-            x, weight, *(plan.contiguous() for plan in (index, src, dst)), gain, offset, y, total, normed,
-            places, src.shape[1], channels, epsilon, *x.stride(), *(weight.stride() if weight is not None else (0, 0)),
-            NORMALIZE=normalize, BLOCK_C=columns, BLOCK_R=block(src.shape[1], 256),
-            num_warps=max(1, min(8, columns // 256)),
-        )  # fmt: skip
-    return y, total, normed
+    tl.store(y + program * channels + c, merged.to(y.dtype.element_ty), mask=c < channels)
 
 
 def merge_tokens(
@@ -195,26 +164,16 @@ def merge_tokens(
              total float32 [B, M]
     Equals:  `tokenopt.ops.tokens.merge_tokens`.
     """
-    y, total, _ = _launch_merge(x, weight, index, src, dst, normalize, None, None, 0.0, norm=False)
+    samples, places = index.shape
+    channels = x.shape[2]
+    y = x.new_empty((samples, places, channels))
+    total = x.new_empty((samples, places), dtype=torch.float32)
+    columns = block(channels, channels * 2)
+    with torch.cuda.device_of(x):
+        _merge[(samples * places,)](
+            x, weight, *(plan.contiguous() for plan in (index, src, dst)), y, total, places, src.shape[1], channels,
+            *x.stride(), *(weight.stride() if weight is not None else (0, 0)),
+            NORMALIZE=normalize, BLOCK_C=columns, BLOCK_R=block(src.shape[1], 256),
+            num_warps=max(1, min(8, columns // 256)),
+        )  # fmt: skip
     return y, total
-
-
-def merge_norm(
-    x: Tensor,
-    weight: Tensor | None,
-    index: Tensor,
-    src: Tensor,
-    dst: Tensor,
-    normalize: bool,
-    norm_weight: Tensor | None,
-    norm_bias: Tensor | None,
-    epsilon: float,
-) -> tuple[Tensor, Tensor, Tensor]:
-    """`merge_tokens` and the LayerNorm of its result over channels, in one launch.
-
-    Shapes:  as `merge_tokens` · norm_weight, norm_bias [C], contiguous  ->  y [B, M, C] · total [B, M] · normed, as y
-    Equals:  ``y, total = merge_tokens(...)`` and ``layer_norm(y, (C,), norm_weight, norm_bias, epsilon)``.
-    """
-    y, total, normed = _launch_merge(x, weight, index, src, dst, normalize, norm_weight, norm_bias, epsilon, norm=True)
-    assert normed is not None
-    return y, total, normed

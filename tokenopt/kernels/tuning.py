@@ -146,10 +146,11 @@ def _problems(
         run = functools.partial(attention, q, k, v, bias, scale=dim**-0.5)
         yield "flash", tokens, 0, lambda config, run=run: run(config=config)
 
-        blocks = tokens // 128
-        index = torch.stack([torch.randperm(blocks)[: max(1, blocks // 4)] for _ in range(blocks)])[None, None]
-        run = functools.partial(block_sparse_attention, q, k, v, index.to(device, torch.int32), scale=dim**-0.5)
-        yield "block-sparse", tokens, 0, lambda config, run=run: run(query_block=128, key_block=128, config=config)
+        blocks = torch.arange(tokens, device=device).reshape(-1, 128)
+        lists = torch.stack([torch.randperm(len(blocks))[: max(1, len(blocks) // 4)] for _ in blocks])
+        lists = lists.to(device).expand(batch, 1, -1, -1)
+        run = functools.partial(block_sparse_attention, q, k, v, lists, blocks, blocks, blocks[0, :0])
+        yield "block-sparse", tokens, 0, lambda config, run=run: run(causal=False, scale=dim**-0.5, config=config)
 
         axes = {"grid": (side, side), "stride": (1, 1), "dilation": (1, 1), "causal": (False, False)}
         run = functools.partial(neighborhood_attention, q, k, v, start=0, **axes, scale=dim**-0.5)

@@ -20,6 +20,8 @@ _KERNELS = {
     ("attention", "cuda"): "tokenopt.kernels.flash:attention",
     ("neighborhood_attention", "cpu"): "tokenopt.native.neighborhood:neighborhood_attention",
     ("neighborhood_attention", "cuda"): "tokenopt.kernels.neighborhood:neighborhood_attention",
+    ("block_sparse_attention", "cuda"): "tokenopt.kernels.block_sparse:block_sparse_attention",
+    ("tiled_attention", "cuda"): "tokenopt.kernels.block_sparse:tiled_attention",
     ("attention_probe", "cuda"): "tokenopt.kernels.probe:attention_probe",
     ("attention_received", "cuda"): "tokenopt.kernels.probe:attention_received",
     ("match_bipartite", "cuda"): "tokenopt.kernels.reduce:match_bipartite",

@@ -10,7 +10,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from tokenopt.ops import op
+from tokenopt.ops import native, op
 from tokenopt.ops.attention import attention, joined_bias
 from tokenopt.ops.tiles import attend, tiled_attention
 
@@ -83,7 +83,18 @@ def block_sparse_attention(
     """
     scale = query.shape[-1] ** -0.5 if scale is None else scale
     total = key.shape[2]
+    compute = None
+    if bias is None:
+        compute = native.native("block_sparse_attention", query, key, value, index, queries, keys, rows, key_bias)
     bias = _of_rank_4(joined_bias(bias, key_bias, query.dtype), total)
+    few = None
+    if rows.shape[0]:
+        past = rows.unsqueeze(-1) >= torch.arange(total, device=rows.device) if causal else None
+        theirs = bias if bias is None or bias.shape[2] == 1 else bias.index_select(2, rows)
+        few = attention(query.index_select(2, rows), key, value, _hidden(theirs, past), scale=scale)
+    if compute is not None:
+        out = compute(query, key, value, index, queries, keys, rows, key_bias, causal=causal, scale=scale)
+        return out if few is None else out.index_copy_(2, rows, few)
     places = _pick(keys[None, None, None], index).flatten(-2)
     places = torch.cat([places, rows.expand(*places.shape[:-1], -1)], -1)  # [B, h, T, K L + R]
     seen = None
@@ -99,12 +110,7 @@ def block_sparse_attention(
         of_query = bias.unsqueeze(2) if bias.shape[2] == 1 else _blocks(bias, queries)  # [B, H, T, Q, N]
         listed = _pick(of_query.transpose(-2, -1), places).transpose(-2, -1)
     out = attend(_blocks(query, queries), k, v, _hidden(listed, seen), scale).flatten(2, 3)
-    if rows.shape[0]:
-        past = rows.unsqueeze(-1) >= torch.arange(total, device=rows.device) if causal else None
-        few = bias if bias is None or bias.shape[2] == 1 else bias.index_select(2, rows)
-        few = attention(query.index_select(2, rows), key, value, _hidden(few, past), scale=scale)
-        out = torch.cat([out, few], 2)
-    return out.index_select(2, order)
+    return (out if few is None else torch.cat([out, few], 2)).index_select(2, order)
 
 
 _ROUTED = (

@@ -47,6 +47,15 @@ def tiled_attention(
     heads = query.shape[1]
     _, tiles, size = queries.shape
     scale = query.shape[-1] ** -0.5 if scale is None else scale
+    few = None
+    if rows.shape[0]:
+        few = attention(query.index_select(2, rows), key, value, row_mask, key_bias, scale=scale)
+    compute = None
+    if absent is None:
+        compute = native.native("tiled_attention", query, key, value, queries, keys, mask, key_bias)
+    if compute is not None:
+        out = compute(query, key, value, queries, keys, mask, key_bias, scale=scale)
+        return out if few is None else out.index_copy_(2, rows, few)
     q = _take(query, queries)
     k, v = _take(key, keys), _take(value, keys)
     bias = mask
@@ -61,9 +70,7 @@ def tiled_attention(
         bias = torch.cat([bias.expand(*lead, -1), column.expand(*lead, -1)], -1)
     out = attend(q, k, v, bias, scale)
     out = out.flatten(2, 3)
-    if rows.shape[0]:
-        few = attention(query.index_select(2, rows), key, value, row_mask, key_bias, scale=scale)
-        out = torch.cat([out, few], 2)
+    out = out if few is None else torch.cat([out, few], 2)
     if order.shape[0] == 1:
         return out.index_select(2, order[0])
     return out.flatten(1, 2).index_select(1, _flat(order, out.shape[2])).unflatten(1, (heads, -1))

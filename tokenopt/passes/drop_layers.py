@@ -29,15 +29,18 @@ class DropLayers(Pass):
 
     Rewrite:  x = x + attn(x); x = x + mlp(x)  ->  x
               with a segment:  x  ->  cat([x + mlp(x) of the tokens before it, x of its own, x + mlp(x) of the others])
+              with units:  mlp(x) of its own, with some of the hidden units, is added
 
     Attributes:
         attention, mlp: which layers, counted from 0: "all", numbers or a slice; none by default.
         heads: heads whose output becomes zero, as layer/head: "3/0,3/2,4/1".
         segment: name of the tokens that attention and MLPs add nothing to: patch, cls, ...; all tokens by default.
+        units: share of the hidden units that these MLPs keep, the first ones; by default none, and they add nothing.
         seen: whether the others still attend to the tokens of the segment in these layers. If not, from a layer to the
             last, the segment has left the model.
 
-    Source: Zhang et al., Treat Visual Tokens as Text?, arXiv:2410.06169 (heads and layers of visual tokens); Wu et al.,
+    Source: Zhang et al., Treat Visual Tokens as Text?, arXiv:2410.06169 (heads, layers and, with units=0.5, half of the
+        hidden units of visual tokens: the first half, in whatever order, as in the authors' code); Wu et al.,
         Accelerating Multimodal Large Language Models via Dynamic Visual-Token Exit, arXiv:2411.19628 (with layers that
         are fixed, and not chosen by its gates).
     """
@@ -46,10 +49,13 @@ class DropLayers(Pass):
     mlp: Any = ""
     heads: str = ""
     segment: str = ""
+    units: float = 0.0
     seen: bool = True
     name: ClassVar[str] = "drop-layers"
 
     def run(self, program: Program) -> PassResult:
+        if not 0 <= self.units < 1:
+            raise UsageError(f"units={self.units} is no share of the hidden units", hint="units=0.5")
         axes = propagate(program)
         sites = find_sites(axes)[0]
         layers = [s for s in sites if s.kind in ("self", "joint")]
@@ -83,7 +89,7 @@ class DropLayers(Pass):
             elif layer in heads:
                 yield layer, "heads", lambda site, cut, which=heads[layer]: editor.drop_heads(site, which)
             if layer in mlp:
-                yield layer, "mlp", lambda site, cut: editor.drop_mlp(cut, self.segment)
+                yield layer, "mlp", lambda site, cut: editor.drop_mlp(cut, self.segment, self.units)
 
 
 def _heads(text: str, count: int) -> dict[int, set[int]]:
@@ -115,16 +121,20 @@ class _Dropper(GraphEditor):
             new[site.node] = self._attention_of_rest(site, where)
         self._put(cut.after, cut.entry, self._recomputed(new, cut.after, where), where)
 
-    def drop_mlp(self, cut: StreamCut, segment: str) -> None:
+    def drop_mlp(self, cut: StreamCut, segment: str, units: float = 0.0) -> None:
         after, leave = cut.after, cut.leave
         if leave is after or leave.target is not aten.add.Tensor or after not in leave.args[:2]:
             raise Refused("no residual sum of one MLP follows its attention", "")
         if not segment:
-            self.replace(leave, after)
+            self.replace(leave, self._narrowed({}, after, leave, units) if units else after)
             return
         where = _segment(cut, segment)
-        rest = self._rest(after, after, self._dim(after, where), where)
-        self._put(leave, after, self._recomputed({after: rest}, leave, where), where)
+        dim, own = self._dim(after, where), None
+        if units:
+            own = self.insert(after, aten.slice.Tensor, after, dim, where.start, where.start + where.length, like=after)
+            own = self._narrowed({after: own}, after, leave, units, where)
+        rest = self._rest(after, after, dim, where)
+        self._put(leave, after, self._recomputed({after: rest}, leave, where), where, own)
 
     def drop_heads(self, site: AttentionSite, heads: set[int]) -> None:
         node = site.node
@@ -186,12 +196,48 @@ class _Dropper(GraphEditor):
             new[node] = self.insert(node, node.target, *args, **kwargs)
         return new[last]
 
-    def _put(self, old: fx.Node, stream: fx.Node, rest: fx.Node, where: Segment) -> None:
-        """The stream as it was for the tokens of the segment, and with an update for the others."""
+    def _narrowed(
+        self, new: dict[fx.Node, fx.Node], after: fx.Node, leave: fx.Node, units: float, where: Segment | None = None
+    ) -> fx.Node:
+        """A residual sum of an MLP with the first of its hidden units, for all tokens or those that ``new`` has."""
+        flow = nx.DiGraph((operand, n) for n in self.graph.nodes for operand in n.all_input_nodes)
+        within = nx.descendants(flow, after) & nx.ancestors(flow, leave)
+        inside = [n for n in self.graph.nodes if n in within]
+        *ups, down = [n for n in inside if n.target is aten.linear.default] or [leave]
+        behind = nx.ancestors(flow, down).intersection(set().union(*(nx.descendants(flow, n) for n in ups)))
+        hidden = down.args[1].meta["val"].shape[-1]
+        wide = {*ups, *behind}
+        if not ups or any(n.meta["val"].shape[-1] != hidden for n in wide) or not all(
+            _elementwise(n, wide) for n in behind
+        ):  # fmt: skip
+            raise Refused("its hidden units are not those of linear layers, each by itself", "drop all of it")
+        count = max(1, round(units * hidden))
+        for node in [*inside, leave]:
+            replaced = [n for n in tensor_operands(node) if n in new]
+            if not replaced and node not in ups:
+                continue
+            if where is not None:
+                decision = decide(self.axes, node, where.terms, replaced)
+                if decision.barrier is not None or decision.literals or decision.align:
+                    raise Refused(f"{node.name} of its MLP is not of each token by itself", "drop all of it")
+            args = list(fx.map_arg(node.args, lambda n: new.get(n, n)))
+            if node in ups:
+                args[1:] = [None if w is None else self.insert(node.prev, aten.slice.Tensor, w, 0, 0, count)
+                            for w in args[1:]]  # fmt: skip
+            elif node is down:
+                args[1] = self.insert(node.prev, aten.slice.Tensor, args[1], 1, 0, count)
+            kwargs = fx.map_arg(node.kwargs, lambda n: new.get(n, n))
+            new[node] = self.insert(node, node.target, *args, **kwargs)
+        return new[leave]
+
+    def _put(self, old: fx.Node, stream: fx.Node, rest: fx.Node, where: Segment, own: fx.Node | None = None) -> None:
+        """The stream as it was for the tokens of the segment, or what is given, and with an update for the others."""
         dim, stop = self._dim(stream, where), where.start + where.length
         total = stream.meta["val"].shape[dim]
-        pieces = [(rest, 0, where.start), (stream, where.start, stop), (rest, where.start, total - where.length)]
-        parts = [self.insert(rest, aten.slice.Tensor, n, dim, i, j) for n, i, j in pieces if j > i]
+        middle = (stream, where.start, stop) if own is None else (own, 0, where.length)
+        pieces = [(rest, 0, where.start), middle, (rest, where.start, total - where.length)]
+        behind = rest if own is None else max(rest, own)
+        parts = [self.insert(behind, aten.slice.Tensor, n, dim, i, j) for n, i, j in pieces if j > i]
         self.replace(old, self.insert(parts[0], aten.cat.default, parts, dim))
 
     def _rest(self, after: fx.Node, node: fx.Node, dim: int, where: Segment) -> fx.Node:
@@ -221,6 +267,12 @@ def _segment(cut: StreamCut, name: str) -> Segment:
         names = ", ".join(s.name for s in cut.axis.segments)
         raise Refused(f"'{name}' is no part of its tokens that can be told from the others", f"its segments: {names}")
     return found
+
+
+def _elementwise(node: fx.Node, among: set[fx.Node]) -> bool:
+    """Whether a value is computed element by element from others, all of ``among``."""
+    known = torch.Tag.pointwise in getattr(node.target, "tags", ()) or node.target is aten.dropout.default
+    return known and all(n in among for n in node.all_input_nodes)
 
 
 def _set(args: list[Any], path: tuple[int, ...], size: int) -> None:

@@ -38,7 +38,7 @@ class SparsifyAttention(Pass):
         recipe: name, file, mapping or value of a recipe, instead of a pattern.
         sites: which attentions a pattern is for: all, numbers or a slice.
         grid: of the tokens, where the graph does not show it.
-        min_speedup: of one attention, by the cost model; 0 takes every site.
+        min_speedup: of one attention, by the cost model; 0 takes every site. By default the recipe's, or 1.1.
         form: "tiles"; "identity" computes the same tiles with all keys, and "dense" masks dense attention, by what the
             content chooses where the pattern depends on it: what the other two are checked against.
     """
@@ -47,22 +47,28 @@ class SparsifyAttention(Pass):
     recipe: Any = None
     sites: str = "all"
     grid: Any = None
-    min_speedup: float = MIN_SPEEDUP
+    min_speedup: float | None = None
     form: str = "tiles"
     name: ClassVar[str] = "sparsify-attention"
 
     def resolved(self) -> AttentionRecipe:
-        """Raises: UsageError for what is no pattern or attention recipe."""
+        """The recipe with all that the pass says in it.
+
+        Raises:
+            UsageError: for what is no pattern or attention recipe.
+        """
         if (self.pattern is None) == (self.recipe is None):
             raise UsageError("sparsify-attention needs a pattern or a recipe", hint="pattern=Neighborhood(7)")
         if self.form not in _FORMS:
             raise UsageError(f"there is no form {self.form!r}", hint=f"one of {', '.join(_FORMS)}")
         if self.pattern is not None:
-            return AttentionRecipe(str(self.pattern), "", "", self.pattern, str(self.sites), self.grid)
+            least = MIN_SPEEDUP if self.min_speedup is None else self.min_speedup
+            return AttentionRecipe(str(self.pattern), "", "", self.pattern, str(self.sites), self.grid, least)
         recipe = recipes.get(self.recipe)
         if not isinstance(recipe, AttentionRecipe):
             raise UsageError(f"recipe {recipe} reduces tokens", hint="use the pass reduce-tokens")
-        given = {"sites": None if self.sites == "all" else self.sites, "grid": self.grid}
+        least = next(s for s in (self.min_speedup, recipe.min_speedup, MIN_SPEEDUP) if s is not None)
+        given = {"sites": None if self.sites == "all" else self.sites, "grid": self.grid, "min_speedup": least}
         return recipe.with_settings({key: value for key, value in given.items() if value is not None})
 
     def identity(self) -> SparsifyAttention:
@@ -80,22 +86,7 @@ class SparsifyAttention(Pass):
                 why = f"there are {len(sites)} attentions, numbered from 0"
                 raise UsageError(f"no attention has the number {where}", why=why, hint="all, 0,2,-1 or ::2")
         chosen = ((s, recipe.pattern_at(i, len(sites))) for i, s in enumerate(sites))
-        return [self._choice(site, pattern) for site, pattern in chosen if pattern is not None]
-
-    def _choice(self, site: AttentionSite, pattern: Pattern) -> Choice:
-        layout = lowered = None
-        try:
-            layout = layout_of(site)
-            lowered = _lowered(pattern, layout)
-            if lowered.tiles is None and (missing := _missing(lowered, site)):
-                raise Refused(f"the attention has {missing}, and this pattern takes none", "a window takes one")
-            if lowered.predicted < self.min_speedup:
-                why = f"{lowered.predicted:.2f}x is predicted for this attention, and {self.min_speedup:g}x asked for"
-                hint = "a smaller window or a larger input; --min-speedup 0 takes it all the same"
-                raise Refused(f"{why} (ideal {lowered.ideal:.2f}x, tiles {lowered.tile:.2f}x)", hint)
-        except Refused as refused:
-            return Choice(site, pattern, layout, lowered, Refusal(site.id, f"{pattern}: {refused.why}", refused.hint))
-        return Choice(site, pattern, layout, lowered)
+        return [_choice(site, p, recipe.min_speedup) for site, p in chosen if p is not None]
 
     def run(self, program: Program) -> PassResult:
         result = PassResult()
@@ -130,8 +121,24 @@ class Choice:
         row |= {"tokens": self.site.queries, "grid": list(self.layout.grid) if self.layout else None}
         found = self.lowered
         row |= {name: getattr(found, name) if found else None for name in ("op", "ideal", "tile", "predicted")}
-        row["keys"] = round(self.site.keys / found.ideal, 1) if found else None
+        row["keys"] = round(self.layout.dense / self.layout.total / found.ideal, 1) if found else None
         return row | {"refusal": self.refusal.to_dict() if self.refusal else None}
+
+
+def _choice(site: AttentionSite, pattern: Pattern, min_speedup: float) -> Choice:
+    layout = lowered = None
+    try:
+        layout = layout_of(site)
+        lowered = _lowered(pattern, layout)
+        if lowered.tiles is None and (missing := _missing(lowered, site)):
+            raise Refused(f"the attention has {missing}, and this pattern takes none", "a window takes one")
+        if lowered.predicted < min_speedup:
+            why = f"{lowered.predicted:.2f}x is predicted for this attention, and {min_speedup:g}x asked for"
+            hint = "a smaller window or a larger input; --min-speedup 0 takes it all the same"
+            raise Refused(f"{why} (ideal {lowered.ideal:.2f}x, tiles {lowered.tile:.2f}x)", hint)
+    except Refused as refused:
+        return Choice(site, pattern, layout, lowered, Refusal(site.id, f"{pattern}: {refused.why}", refused.hint))
+    return Choice(site, pattern, layout, lowered)
 
 
 @lru_cache(maxsize=64)
@@ -191,7 +198,8 @@ def layout_of(site: AttentionSite) -> Layout:
         why = f"its {segment.length} tokens are not in the order of a grid"
         raise Refused(why, "before reductions; or grid=[h, w], if they are")
     segments = tuple((s.name, s.start, s.length) for s in site.axis.segments)
-    return Layout(site.queries, segment.start, grid, segments, site.heads, site.head_dim, site.causal)
+    skips = bool(site.node.kwargs.get("is_causal"))
+    return Layout(site.queries, segment.start, grid, segments, site.heads, site.head_dim, site.causal, skips)
 
 
 def _in_order(segment: Segment) -> bool:

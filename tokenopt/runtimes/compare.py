@@ -6,7 +6,7 @@ import math
 import os
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict, dataclass, field
-from itertools import chain
+from itertools import chain, zip_longest
 from typing import Any
 
 import torch
@@ -143,6 +143,8 @@ def check_parity(
 ) -> Check:
     """Runs both on the same inputs and compares every output.
 
+    If one takes more inputs than the other, behind those that both take, it may return more, too; see `verify`.
+
     A sample that differs is left out, and counted, if rounding alone decides its result: which tokens are most similar
     is a discrete choice, and a tie that falls the other way is no error of the runtime.
 
@@ -150,10 +152,13 @@ def check_parity(
         ParityError: if the results cannot be compared at all.
     """
     names = [spec.name for spec in reference.outputs]
-    expected, result = reference(*inputs), engine(*inputs)
-    batch = next((len(t) for t, spec in zip(inputs, reference.inputs, strict=True) if is_batched(spec)), None)
+    expected, result = (e(*inputs[: len(e.inputs)]) for e in (reference, engine))
+    if len(reference.inputs) != len(engine.inputs):
+        more, fewer = (expected, result) if len(reference.inputs) > len(engine.inputs) else (result, expected)
+        del more[len(fewer) :]
+    batch = next((len(t) for t, spec in zip(inputs, reference.inputs, strict=False) if is_batched(spec)), None)
     batch = next((len(t) for t in inputs if t.dim()), 1) if batch is None else batch
-    check = Check(engine.runtime, source, batch, tolerance, _named(names, expected, result))
+    check = Check(engine.runtime, source, batch, tolerance, _named(names[: len(expected)], expected, result))
     if check.passed:
         return check
     model = next((e for e in (reference, engine) if isinstance(e, EagerEngine)), None)
@@ -162,7 +167,7 @@ def check_parity(
     unstable = _differing(expected, result, tolerance) & ~_stable(model, inputs, tolerance)
     check.unstable = int(unstable.sum())
     if 0 < check.unstable < batch:
-        check.outputs = _named(names, [t[~unstable] for t in expected], [t[~unstable] for t in result])
+        check.outputs = _named(names[: len(expected)], [t[~unstable] for t in expected], [t[~unstable] for t in result])
     return check
 
 
@@ -183,6 +188,7 @@ def _differing(expected: Sequence[Tensor], result: Sequence[Tensor], tolerance: 
 
 def _stable(model: EagerEngine, inputs: Sequence[Tensor], tolerance: float) -> Tensor:
     """Which samples keep their result, to the tolerance, when every weight moves by a few units in the last place."""
+    inputs = inputs[: len(model.inputs)]
     expected = model(*inputs)
     stable = torch.ones(len(expected[0]), dtype=torch.bool)
     for moved in model.perturbed(_NOISE, _TRIALS):
@@ -222,8 +228,12 @@ def verify(
 ) -> list[Check]:
     """Compares any two models: files (.pt2, .onnx, .engine) or engines. The first is the reference.
 
+    One may take more inputs than the other, behind those that both take, and then return more, as a model that a recipe
+    has added them to: the other gets the first, and what both return is compared.
+
     Args:
-        data: batches of input tensors, compared besides fresh random ones, one at a time.
+        data: batches of input tensors, compared besides fresh random ones, one at a time. Inputs that one model alone
+            takes are drawn where the data lack them.
         tolerance: see `default_tolerance`.
 
     Raises:
@@ -233,13 +243,25 @@ def verify(
     from tokenopt.runtimes import open as open_engine
 
     reference, engine = (m if isinstance(m, Engine) else open_engine(m) for m in (a, b))
-    require_same_inputs(reference, engine)
+    require_same_inputs(reference, engine, more=True)
     if tolerance is None:
         specs = (*reference.inputs, *reference.outputs, *engine.outputs)
         tolerance = default_tolerance(spec.dtype for spec in specs)
     source = next((e for e in (reference, engine) if isinstance(e, EagerEngine)), reference)
-    given = (("data", batch) for batch in data)
-    return _checks(reference, engine, source.random_inputs, given, tolerance)
+    wider = max(source, reference, engine, key=lambda e: len(e.inputs))
+
+    def completed(tensors: Sequence[Tensor], batch: int, seed: int) -> list[Tensor]:
+        return [*tensors, *wider.random_inputs(batch, seed)[len(tensors) :]]
+
+    def random_inputs(batch: int, seed: int) -> list[Tensor]:
+        return completed(source.random_inputs(batch, seed), batch, seed)
+
+    def rows(tensors: Sequence[Tensor]) -> int:
+        pairs = zip(tensors, reference.inputs, strict=False)
+        return next((len(t) for t, spec in pairs if is_batched(spec)), 1)
+
+    given = (("data", completed(batch, rows(batch), 0)) for batch in data)
+    return _checks(reference, engine, random_inputs, given, tolerance)
 
 
 def require(checks: Sequence[Check], where: str | None = None) -> None:
@@ -292,7 +314,8 @@ def _checks(
 
 def _two_sizes(tensors: Sequence[Tensor], reference: Engine, engine: Engine) -> list[list[Tensor]]:
     """Given inputs as they are and, where the batch may vary, their first row alone; within the engines' limits."""
-    batched = [is_batched(a) and is_batched(b) for a, b in zip(reference.inputs, engine.inputs, strict=True)]
+    pairs = zip_longest(reference.inputs, engine.inputs)
+    batched = [all(spec is None or is_batched(spec) for spec in pair) for pair in pairs]
     if not any(batched):
         return [list(tensors)]
     rows = next(len(t) for t, b in zip(tensors, batched, strict=True) if b)

@@ -20,37 +20,44 @@ from tokenopt import ops
 from tokenopt.graph import remove_dead
 from tokenopt.program import Program
 from tokenopt.runtimes import lowering_tokens, onnx_functions
+from tokenopt.runtimes.plugins import plugin_node
 
 aten = torch.ops.aten
 _FLOOR = 40.0  # below the largest logit of a row
 _ATTENTION_OPSET = 23  # the first with an attention node
 
 
-def lower(program: Program, opset: int, floor: bool = True, named: bool = True) -> Program:
+def lower(program: Program, opset: int, floor: bool = True, named: bool = True, plugins: bool = False) -> Program:
     """A copy of the program in the operations that can be exported to this opset. Weights are shared.
 
     Args:
-        floor, named: see `decompose`.
+        floor, named, plugins: see `decompose`.
     """
     lowered = program.clone()
     _freeze(lowered)
     _squeeze_ones(lowered.graph)
     _keep_tensor_outputs(lowered)
     remove_dead(lowered)
-    lowered = Program(decompose(lowered.exported, opset, floor, named))
+    lowered = Program(decompose(lowered.exported, opset, floor, named, plugins))
     _join_columns(lowered)
     return lowered
 
 
-def decompose(exported: ExportedProgram, opset: int, floor: bool = True, named: bool = True) -> ExportedProgram:
+def decompose(
+    exported: ExportedProgram, opset: int, floor: bool = True, named: bool = True, plugins: bool = False
+) -> ExportedProgram:
     """In operations that the exporter writes, and writes right.
 
     Args:
         floor: lift hidden logits to a little below the largest of their row: the exponential of what is far below is a
             denormal number in ONNX Runtime, and its softmax several times slower. e^-40 of a probability is nothing.
         named: attention with a pattern stays one node of its name; else it is decomposed, and added masks hide pairs.
+        plugins: attention in windows is one node, which only TensorRT with `plugins.write_plugins` knows.
     """
-    return exported.run_decompositions(_table(opset, floor, named))
+    table = _table(opset, floor, named)
+    if plugins:
+        table[torch.ops.tokenopt.neighborhood_attention.default] = plugin_node
+    return exported.run_decompositions(table)
 
 
 def _freeze(program: Program) -> None:

@@ -16,7 +16,7 @@ from tokenopt.errors import LoweringError, UsageError
 from tokenopt.program import Program
 from tokenopt.runtimes.base import Capabilities, Engine, replacing
 from tokenopt.runtimes.lowering import decompose, lower
-from tokenopt.runtimes.onnx_functions import add_functions
+from tokenopt.runtimes.onnx_functions import DOMAIN, add_functions
 
 if TYPE_CHECKING:
     import onnx
@@ -84,8 +84,13 @@ def data_name(path: Path) -> str:
     return f"{path.name}.data"
 
 
-def write(program: Program, path: Path, opset: int = OPSET, floor: bool = True, named: bool = True) -> None:
+def write(
+    program: Program, path: Path, opset: int = OPSET, floor: bool = True, named: bool = True, plugins: bool = False
+) -> None:
     """Translates a program, and checks the file against the ONNX standard.
+
+    Args:
+        floor, named, plugins: see `decompose`. With plugins it is a file for TensorRT alone.
 
     Raises:
         LoweringError: if an operation cannot be expressed.
@@ -97,9 +102,12 @@ def write(program: Program, path: Path, opset: int = OPSET, floor: bool = True, 
     if opset not in OPSETS:
         raise UsageError(f"the opset {opset} cannot be exported", hint=f"{OPSETS[0]} to {OPSETS[-1]}")
     with _quiet():
-        model = _translate(program, opset, floor, named)
+        model = _translate(program, opset, floor, named, plugins)
         _tidy(model, program)
-        add_functions(model, opset, lambda body: _write(decompose(body, opset, floor, named=False), opset))
+        if plugins:
+            model.opset_imports[DOMAIN] = 1
+        else:
+            add_functions(model, opset, lambda body: _write(decompose(body, opset, floor, named=False), opset))
         size = sum(value.const_value.nbytes for value in model.graph.initializers.values())
         ir.save(model, path, external_data=data_name(path) if size > INLINE_LIMIT else None)
     try:
@@ -108,11 +116,11 @@ def write(program: Program, path: Path, opset: int = OPSET, floor: bool = True, 
         raise LoweringError("the exported model is not valid ONNX", where=str(path), why=_first_line(error)) from error
 
 
-def _translate(program: Program, opset: int, floor: bool, named: bool) -> Any:
+def _translate(program: Program, opset: int, floor: bool, named: bool, plugins: bool) -> Any:
     """The program as a model of onnx_ir."""
     try:
         names = {"input_names": [s.name for s in program.inputs], "output_names": [s.name for s in program.outputs]}
-        model = _write(lower(program, opset, floor, named).exported, opset, **names)
+        model = _write(lower(program, opset, floor, named, plugins).exported, opset, **names)
     except Exception as error:  # the exporter wraps whatever its converters raise
         causes = [error]
         while causes[-1].__cause__ is not None:

@@ -5,9 +5,11 @@ each problem, element type and device, TensorRT copies it into the engine, and t
 file. Writing the file needs triton and no GPU; importing it needs tensorrt, from 10.9 on, and from 10.10 on for the
 ONNX parser to find an operator by its domain. TensorRT-RTX has no Python plugins. TensorRT 11.1 and 11.2 are reported
 to leak memory when the shapes of such a plugin change between runs (github.com/NVIDIA/TensorRT/issues/4849).
+`TensorRT.build` does all that when it is asked for plugins: it writes the network with their nodes, and the file.
 
 **Not yet run with TensorRT.** Checked are the constants against the kernel in Triton's interpreter, the PTX with ptxas,
-and the order of arguments and the launch against a stand-in for `tensorrt.plugin`.
+the order of arguments and the launch against a stand-in for `tensorrt.plugin`, and the network with its nodes computed
+in NumPy.
 """
 
 from __future__ import annotations
@@ -23,12 +25,15 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
+from torch import Tensor
 
 from tokenopt.errors import LoweringError, UsageError
+from tokenopt.ops.attention import attention
 
 if TYPE_CHECKING:
     from tokenopt.kernels.aot import Ptx
     from tokenopt.kernels.tuning import Config
+    from tokenopt.program import Program
 
 # A launch with more than 48 KB of dynamic shared memory has to be asked for, and nothing says that TensorRT does so.
 SHARED_LIMIT = 48 * 1024
@@ -57,6 +62,20 @@ class NeighborhoodAttention:
     scale: float
     biased: bool = False
 
+    @staticmethod
+    def of(
+        query: Tensor, value: Tensor, key_bias: Tensor | None, *, start: int, grid: Sequence[int],
+        window: Sequence[int], stride: Sequence[int], dilation: Sequence[int], causal: Sequence[bool],
+        scale: float | None = None,
+    ) -> NeighborhoodAttention:  # fmt: skip
+        """The node of a call of `tokenopt::neighborhood_attention`; its tensors may be fake."""
+        _, heads, tokens, dim = query.shape
+        axes = (tuple(map(int, sizes)) for sizes in (grid, window, stride, dilation))
+        scale = dim**-0.5 if scale is None else scale
+        return NeighborhoodAttention(
+            heads, tokens, dim, value.shape[3], start, *axes, tuple(map(bool, causal)), scale, key_bias is not None
+        )
+
     @property
     def name(self) -> str:
         """The value of the node's attribute `problem`, by which the plugin finds its kernel."""
@@ -69,6 +88,37 @@ class NeighborhoodAttention:
             f"-dilation{times(self.dilation)}-causal{times(self.causal)}-start{self.start}-tokens{self.tokens}"
             f"-heads{self.heads}-dim{self.dim}-out{self.out_dim}-scale{self.scale!r}{'-biased' * self.biased}"
         )
+
+
+def problems_of(program: Program) -> dict[NeighborhoodAttention, torch.dtype]:
+    """The attentions of a program that are nodes of plugins, and the types of their elements."""
+    found = {}
+    for node in program.graph.nodes:
+        if node.target is torch.ops.tokenopt.neighborhood_attention.default:
+            query, _, value, *tables = (None if n is None else n.meta["val"] for n in node.args)
+            key_bias = tables[5] if len(tables) > 5 else None
+            found[NeighborhoodAttention.of(query, value, key_bias, **node.kwargs)] = query.dtype
+    return found
+
+
+def plugin_node(
+    query: Tensor, key: Tensor, value: Tensor, queries: Tensor, keys: Tensor, order: Tensor, rows: Tensor,
+    mask: Tensor | None = None, key_bias: Tensor | None = None, *, start: int, **axes: Any,
+) -> Tensor:  # fmt: skip
+    """`tokenopt::neighborhood_attention` as a node of a plugin, which reads the grid in place and needs no tables."""
+    from torch.onnx import ops as onnx_ops
+
+    problem = NeighborhoodAttention.of(query, value, key_bias, start=start, **axes)
+    inputs = [x.transpose(1, 2) for x in (query, key, value)]
+    name = "tokenopt::neighborhood_attention"
+    if key_bias is not None:
+        name, inputs = f"{name}_biased", [*inputs, key_bias.float()]
+    shape = (query.shape[0], *_shapes(problem)[1])
+    out = onnx_ops.symbolic(name, inputs, {"problem": problem.name}, dtype=query.dtype, shape=shape).transpose(1, 2)
+    if not rows.shape[0]:
+        return out
+    few = attention(query.index_select(2, rows), key, value, None, key_bias, scale=problem.scale)
+    return torch.cat([few[:, :, :start], out, few[:, :, start:]], 2)
 
 
 def write_plugins(

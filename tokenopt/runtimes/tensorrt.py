@@ -28,6 +28,7 @@ from tokenopt.errors import LoweringError, UsageError
 from tokenopt.program import InputSpec, Program
 from tokenopt.runtimes import onnx as onnx_runtime
 from tokenopt.runtimes.base import Capabilities, Engine, replacing, require_same_interface, same_specs
+from tokenopt.runtimes.plugins import NeighborhoodAttention, problems_of, write_plugins
 
 BATCH_PROFILE = (1, 8, 64)
 COMPUTE_CAPABILITY = "8.9"
@@ -151,6 +152,7 @@ class TensorRT:
         compute_capability: str | None = None,
         batch_profile: tuple[int, int, int] = BATCH_PROFILE,
         tf32: bool = False,
+        plugins: bool = False,
         tolerance: float | None = None,
         data: Sequence[Sequence[Tensor]] = (),
         source: Engine | None = None,
@@ -165,6 +167,8 @@ class TensorRT:
                 8.9 where there is none.
             batch_profile: the smallest, the usual and the largest batch size, where the batch is dynamic.
             tf32: lets single-precision products round their operands to 10 bits, which is faster.
+            plugins: attention in windows runs as Triton kernels, which the engine holds, instead of in tiles; see
+                `plugins.write_plugins`. It takes triton, and has not been run with TensorRT yet.
             tolerance: see `prove`.
             data: batches of inputs to compare on besides random ones and the example.
             source: the program as an ONNX file that was proved already, instead of a new one; one of a program with
@@ -184,14 +188,20 @@ class TensorRT:
         if not 1 <= low <= usual <= high:
             raise UsageError("the batch profile is not in order", why=str(batch_profile), hint="for instance 1, 8, 64")
         capability = self._capability(compute_capability)
+        problems = self._problems(program) if plugins else {}
         with replacing(path) as staged, tempfile.TemporaryDirectory(prefix=".onnx-", dir=staged.parent) as scratch:
             if source is None:
                 onnx_path = Path(scratch) / "model.onnx"
                 source = onnx_runtime.Onnx().build(
                     program, onnx_path, opset=opset, floor=False, named=False, tolerance=tolerance, data=data
                 )
-            self._require_expressible(source.path)
-            self._build(source.path, staged, capability, batch_profile, tf32)
+            network, module = source.path, None
+            if problems:
+                network, module = Path(scratch) / "plugins.onnx", Path(scratch) / "tokenopt_plugins.py"
+                onnx_runtime.write(program, network, opset, floor=False, named=False, plugins=True)
+                write_plugins(module, list(problems), dtypes=[*set(problems.values())], capabilities=[_device()])
+            self._require_expressible(network)
+            self._build(network, staged, capability, batch_profile, tf32, module)
             engine = self.load(staged)
             require_same_interface(program, engine.inputs, engine.outputs, str(path))
             engine.parity = list(source.parity)
@@ -225,13 +235,24 @@ class TensorRT:
             raise UsageError("tensorrt builds for this machine's GPU", hint="drop the compute capability")
         return None
 
+    def _problems(self, program: Program) -> dict[NeighborhoodAttention, torch.dtype]:
+        """The attentions of a program that plugins compute."""
+        problems = problems_of(program)
+        if not problems:
+            why = "plugins are for Neighborhood patterns, on attention without a bias"
+            raise LoweringError("no attention of this program is for a plugin", why=why, hint="leave plugins out")
+        return problems
+
     def _require_expressible(self, path: Path) -> None:
         import onnx
 
         model = onnx.load(path, load_external_data=False)
         onnx_runtime.require_expressible(model, self.capabilities, self.name)
 
-    def _build(self, source: Path, path: Path, capability: str | None, batch: tuple[int, int, int], tf32: bool) -> None:
+    def _build(
+        self, source: Path, path: Path, capability: str | None, batch: tuple[int, int, int], tf32: bool,
+        plugins: Path | None = None,
+    ) -> None:  # fmt: skip
         request = {
             "module": self.module,
             "onnx": str(source),
@@ -239,6 +260,7 @@ class TensorRT:
             "batch": batch,
             "compute_capability": capability,
             "tf32": tf32,
+            "plugins": None if plugins is None else str(plugins),
             "marker": _MARKER,
         }
         # -P: the script's folder, in which modules are called onnx and tensorrt, is not searched.
@@ -270,6 +292,15 @@ class TensorRTRTX(TensorRT):
         if wanted is not None and not re.fullmatch(r"\d+\.\d", wanted):
             raise UsageError(f"{wanted!r} is no compute capability", hint=f"for instance {COMPUTE_CAPABILITY}")
         return wanted if wanted or torch.cuda.is_available() else COMPUTE_CAPABILITY
+
+    def _problems(self, program: Program) -> dict[NeighborhoodAttention, torch.dtype]:
+        raise UsageError("tensorrt-rtx has no plugins in Python", hint="build for tensorrt, or leave plugins out")
+
+
+def _device() -> int:
+    """The compute capability of the GPU here: 89 is sm_89."""
+    major, minor = torch.cuda.get_device_capability()
+    return 10 * major + minor
 
 
 def read_description(path: Path) -> Description:

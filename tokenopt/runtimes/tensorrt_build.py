@@ -2,8 +2,8 @@
 
 Run as a script, with a JSON request on standard input: ``module`` ("tensorrt" or "tensorrt_rtx"), ``onnx``, ``engine``,
 ``batch`` (the smallest, usual and largest), ``compute_capability`` ("8.9" or null, the one of this machine's GPU),
-``tf32``, ``marker``. TensorRT's messages go to standard error, and last, if it failed, a line ``{"error": ..., "where":
-...}``. It imports nothing of tokenopt, and so starts fast.
+``tf32``, ``plugins`` (a Python file to import first, or null), ``marker``. TensorRT's messages go to standard error,
+and last, if it failed, a line ``{"error": ..., "where": ...}``. It imports nothing of tokenopt, and so starts fast.
 
 The engine carries its own description: its name is ``marker``, then what the builder knows of its inputs and outputs as
 compressed JSON, then a semicolon. Without a GPU no engine can be deserialised, but its name can be read from the file.
@@ -16,6 +16,7 @@ import importlib
 import json
 import sys
 import zlib
+from pathlib import Path
 from typing import Any
 
 NAME_LIMIT = 4095  # bytes of a network's name
@@ -42,6 +43,10 @@ def main() -> int:
 def build(request: dict[str, Any]) -> None:
     """Parses, builds and writes one engine."""
     trt = importlib.import_module(request["module"])
+    if request["plugins"] is not None:
+        plugins = Path(request["plugins"])
+        sys.path.insert(0, str(plugins.parent))
+        importlib.import_module(plugins.stem)
     builder = trt.Builder(trt.Logger(trt.Logger.ERROR))
     flags = getattr(trt.NetworkDefinitionCreationFlag, "STRONGLY_TYPED", None)
     network = builder.create_network(0 if flags is None else 1 << int(flags))

@@ -23,11 +23,13 @@ class Restore(Primitive, kind="restore"):
         outputs: whether outputs of the model are restored, too.
         ends: whether it must happen on the stream itself, behind the last block, and not where a need arises.
         anywhere: whether it goes with every value of the stream's tokens, not with the stream alone.
+        together: whether reductions that end at one place are restored at once, from what the first of them has.
     """
 
     outputs = True
     ends = False
     anywhere = False
+    together = False
 
     def build(self, stream: Stream, plan: Plan) -> Plan:
         """The plan with what is restored from."""
@@ -107,10 +109,12 @@ class Cached(Restore, name="cached"):
 
     For steps that resemble each other, as in diffusion: feed the last outputs back; start with zeros, or with those of
     a step that removes nothing. The input of layer 3 is called cache_3; the outputs follow the model's own, by layer.
+    Reductions that end at one place share those of the first: which tokens reach a later one changes from run to run.
     """
 
     ends = True
     anywhere = True
+    together = True
     input: str = "cache"
 
     def build(self, stream: Stream, plan: Plan) -> Plan:
