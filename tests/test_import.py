@@ -12,7 +12,7 @@ import tokenopt
 # The other dependencies and the extras, without networkx and triton, which torch itself depends on.
 OTHERS = (
     "onnx onnxscript onnxruntime typer rich safetensors yaml timm torchvision transformers diffusers tensorrt "
-    "tensorrt_rtx sklearn PIL"
+    "tensorrt_rtx sklearn PIL optuna ray"
 ).split()
 
 PUBLIC = """

@@ -98,6 +98,10 @@ Metric = Annotated[
 ]
 KeepBest = Annotated[bool, typer.Option("--keep-best", help="Write the best found, if nothing meets the latency.")]
 Resume = Annotated[bool, typer.Option("--resume/--afresh", help="Use and keep what is measured, or do not.")]
+Workers = Annotated[
+    str | None,
+    typer.Option(metavar="ray[:HOST:PORT]", help="Fit on Ray: all CPUs of this machine, or a cluster that it is in."),
+]
 Batch = Annotated[str, typer.Option(help="Batch sizes, such as 1,8.")]
 Threads = Annotated[int | None, typer.Option(min=1, help="Threads to run with.")]
 
@@ -183,6 +187,7 @@ def optimize(
     runtime: ForRuntime = None,
     keep_best: KeepBest = False,
     resume: Resume = True,
+    workers: Workers = None,
     batch: Batch = "1",
     threads: Threads = None,
     json: Json = False,
@@ -210,7 +215,7 @@ def optimize(
             data=_data(data, eval_data, mean, std, resize, crop, samples, seed, skip_bad),
             batch_sizes=_sizes(batch),
             threads=threads,
-            fitting=run.Fitting(runtime, metric, keep_best, resume),
+            fitting=run.Fitting(runtime, metric, keep_best, resume, workers),
             command=context.obj,
             progress=progress,
         )
@@ -248,6 +253,7 @@ def calibrate(
     runtime: ForRuntime = None,
     keep_best: KeepBest = False,
     resume: Resume = True,
+    workers: Workers = None,
     threads: Threads = None,
     json: Json = False,
 ) -> None:
@@ -271,7 +277,7 @@ def calibrate(
             settings=_assignments(settings),
             data=_data(data, eval_data, mean, std, resize, crop, samples, seed, skip_bad),
             threads=threads,
-            fitting=run.Fitting(runtime, metric, keep_best, resume),
+            fitting=run.Fitting(runtime, metric, keep_best, resume, workers),
             progress=progress,
         )
     _show(found, terminal.calibrated, json)

@@ -187,12 +187,20 @@ class Fitting:
         metric: of deviation.
         keep_best: take the best where nothing meets a budget of latency.
         resume: use what was measured before, and keep what is measured.
+        workers: that go through the data, see `calibration.named_workers`.
+
+    Raises:
+        UsageError: for workers that there are none of.
     """
 
     runtime: str | None = None
     metric: str | None = None
     keep_best: bool = False
     resume: bool = True
+    workers: str | None = None
+
+    def __post_init__(self) -> None:
+        calibration.named_workers(self.workers)
 
     def target(self, threads: int) -> Target | None:
         return None if self.runtime is None else Target(self.runtime, threads=threads)
@@ -200,7 +208,8 @@ class Fitting:
     def options(self, held_out: Dataset | None, seed: int) -> dict[str, Any]:
         """Of `calibration.fit`."""
         cache = calibration.cache_folder() if self.resume else None
-        return {"held_out": held_out, "metric": self.metric, "seed": seed, "cache": cache, "keep_best": self.keep_best}
+        options = {"metric": self.metric, "keep_best": self.keep_best, "workers": self.workers}
+        return options | {"held_out": held_out, "seed": seed, "cache": cache}
 
 
 @dataclass
@@ -254,7 +263,10 @@ def optimize_model(
     if passes is None and recipe is not None and (passes := _resolved_passes(recipe)) is not None:
         recipe = None
     fits = budget is not None and data.path is not None and passes is None
-    learned_from = _check_method(recipe, schedule, settings, passes, min_speedup, short_outputs) or fits
+    learned_from = _check_method(recipe, schedule, settings, passes, min_speedup, short_outputs)
+    if fitting.workers is not None and (learned_from or not fits):
+        raise UsageError("workers have nothing to do", why="they fit a budget to data", hint="--budget and --data")
+    learned_from = learned_from or fits
     _protect(path, out, [PROGRAM, *(f"model{target.suffix}" for target in build.distinct)])
     clock = _Clock(progress)
     threads = threads or torch.get_num_threads()

@@ -5,10 +5,13 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import tempfile
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
+from itertools import groupby
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -18,8 +21,10 @@ from tokenopt.budget import SHARES
 from tokenopt.calibration import metrics
 from tokenopt.calibration.price import Price
 from tokenopt.calibration.solve import RATIOS, Table
+from tokenopt.calibration.workers import InProcess, Workers
 from tokenopt.data import Dataset, find_preprocessing, open_data
 from tokenopt.errors import UsageError
+from tokenopt.loading import load_program
 from tokenopt.passes.reduce_tokens import Planner, ReduceTokens
 from tokenopt.passes.remove_dead import RemoveDead
 from tokenopt.pipeline import Pipeline, PipelineResult
@@ -30,6 +35,7 @@ from tokenopt.tokens.recipe import TokenRecipe
 
 _BATCH = 32
 Batch = tuple[Sequence[Tensor], Tensor | None]  # inputs as flat tensors, and labels where they are known
+Values = tuple[list[float], list[bool]]  # deviation of every sample, and whether it is right, where labels are known
 LAYERWISE = ("mid", "block", "attention")  # places where every layer has a number of its own
 _KEPT_PROGRAMS = 16  # they share their weights
 _KEPT_OUTPUTS = 2**28  # bytes of the dense model's outputs that are kept; beyond, they are computed again
@@ -50,6 +56,67 @@ class Batches:
         """Anything that `open_data` takes."""
         preprocessing = find_preprocessing(data, program.source, program.inputs)
         return Batches(open_data(data, program.inputs, preprocessing=preprocessing))
+
+
+class Task(NamedTuple):
+    """A schedule on one batch; without the outputs of the dense program, these are computed too."""
+
+    number: int
+    schedule: Schedule
+    inputs: Sequence[Tensor]
+    labels: Tensor | None
+    dense: Sequence[Tensor] | None
+
+
+@dataclass(eq=False)
+class Measurement:
+    """What schedules do to the outputs of a program. It can be pickled, which needs a metric that can be imported."""
+
+    program: Program
+    recipe: TokenRecipe
+    metric: str
+
+    def __post_init__(self) -> None:
+        self._metric = metrics.get(self.metric)
+        self._programs: dict[str, PipelineResult] = {}
+
+    def __call__(self, task: Task) -> tuple[int, Values]:
+        """The number of the task, and the values of its samples."""
+        dense = _run(self.program, task.inputs) if task.dense is None else task.dense
+        outputs = _run(self.rewritten(task.schedule).program, task.inputs)[: len(dense)]  # a recipe may add some
+        return task.number, (self._metric(outputs, dense).double().tolist(), _right(outputs, task.labels))
+
+    def rewritten(self, schedule: Schedule) -> PipelineResult:
+        """The last few are kept."""
+        key = str(schedule)
+        if key not in self._programs:
+            while len(self._programs) >= _KEPT_PROGRAMS:
+                self._programs.pop(next(iter(self._programs)))
+            self._programs[key] = Pipeline([ReduceTokens(self.recipe, schedule), RemoveDead()]).run(self.program)
+        return self._programs[key]
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        with tempfile.TemporaryDirectory() as folder:
+            content = self.program.save(Path(folder) / "program.pt2").read_bytes()
+        return _unpickled, (content, self.recipe, self.metric)
+
+
+def _unpickled(content: bytes, recipe: TokenRecipe, metric: str) -> Measurement:
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "program.pt2"
+        path.write_bytes(content)
+        return Measurement(load_program(path, trust=True), recipe, metric)  # as all else in a pickle
+
+
+def _run(program: Program, inputs: Sequence[Tensor]) -> list[Tensor]:
+    args, kwargs = program.bind(program.complete(inputs))
+    with torch.no_grad():
+        return program.flat(*args, **kwargs)
+
+
+def _right(outputs: Sequence[Tensor], labels: Tensor | None) -> list[bool]:
+    hits = None if labels is None else metrics.correct(outputs, labels)
+    return [] if hits is None else hits.tolist()
 
 
 @dataclass(frozen=True)
@@ -84,6 +151,7 @@ class Problem:
         cache: a folder for what was measured; None keeps nothing.
         progress: called with (stage, done, total).
         price: what a schedule costs; operations by default.
+        workers: where reduced programs run on the data; the dense one runs here.
     """
 
     program: Program
@@ -93,14 +161,13 @@ class Problem:
     cache: Path | None = None
     progress: Callable[[str, int, int], None] = field(default=lambda *_: None)
     price: Price = field(default_factory=Price)
+    workers: Workers = field(default_factory=InProcess)
     passes: float = 0.0  # forward passes over the data so far
     off: float = 0.0  # what programs were found to cost more than the table says
 
     def __post_init__(self) -> None:
-        self._dense: list[list[Tensor]] = []
         self._known: dict[str, Any] = {}
         self._places: dict[int, tuple[str, int]] | None = None
-        self._programs: dict[str, PipelineResult] = {}
         self.samples, self.depth = 0, 1
         self._digest = hashlib.sha256()
         self._look()
@@ -109,31 +176,30 @@ class Problem:
     # -- the dense model -----------------------------------------------------------------------------------------
 
     def _look(self) -> None:
-        """One pass: what the data are, and what the dense model makes of them."""
-        size = 0
+        """What the data are; the first batch tells what measure suits the outputs."""
         for inputs, labels in self.batches:
-            outputs = self._run(self.program, inputs)
+            if self.metric is None:
+                causal = any(n.kwargs.get("is_causal") for n in self.program.graph.nodes)
+                self.metric = metrics.metric_for(_run(self.program, inputs), causal)
             self.samples += len(inputs[0])
-            size += sum(t.numel() * t.element_size() for t in outputs)
-            if size <= _KEPT_OUTPUTS:
-                self._dense.append(outputs)
             for tensor in (*inputs, *([] if labels is None else [labels])):
                 self._digest.update(tensor.contiguous().cpu().numpy().tobytes())
         if not self.samples:
             raise UsageError("there is nothing to calibrate on", why="the data are empty")
-        if size > _KEPT_OUTPUTS:
-            self._dense = []
-        self.passes += 1
-        causal = any(n.kwargs.get("is_causal") for n in self.program.graph.nodes)
-        if self.metric is None:
-            first = self._dense[0] if self._dense else outputs
-            self.metric = metrics.metric_for(first, causal)
-        self._measure = metrics.get(self.metric)
+        self._measurement = Measurement(self.program, self.recipe, self.metric)
 
-    def _run(self, program: Program, inputs: Sequence[Tensor]) -> list[Tensor]:
-        args, kwargs = program.bind(program.complete(inputs))
-        with torch.no_grad():
-            return program.flat(*args, **kwargs)[: len(self.program.output_nodes)]
+    @cached_property
+    def _dense(self) -> list[list[Tensor]]:
+        """Outputs of every batch, by one pass; none where they are too large to keep."""
+        kept: list[list[Tensor]] = []
+        size = 0
+        for inputs, _ in self.batches:
+            kept.append(_run(self.program, inputs))
+            size += sum(t.numel() * t.element_size() for t in kept[-1])
+            if size > _KEPT_OUTPUTS:
+                return []
+        self.passes += 1
+        return kept
 
     # -- schedules -----------------------------------------------------------------------------------------------
 
@@ -147,16 +213,7 @@ class Problem:
 
     def reduced(self, schedule: Schedule) -> Program:
         """The program with this schedule."""
-        return self._rewritten(schedule).program
-
-    def _rewritten(self, schedule: Schedule) -> PipelineResult:
-        """The last few are kept."""
-        key = str(schedule)
-        if key not in self._programs:
-            while len(self._programs) >= _KEPT_PROGRAMS:
-                self._programs.pop(next(iter(self._programs)))
-            self._programs[key] = Pipeline([self._step(schedule), RemoveDead()]).run(self.program)
-        return self._programs[key]
+        return self._measurement.rewritten(schedule).program
 
     def cost(self, schedule: Schedule) -> float:
         """Of the dense program's, in the unit of the price."""
@@ -171,7 +228,7 @@ class Problem:
         """The share that is left of the dense program's "flops" or "tokens"."""
         found, key = self._known.setdefault("counts", {}), str(schedule)
         if key not in found:
-            result = self._rewritten(schedule)
+            result = self._measurement.rewritten(schedule)
             edits = [e for e in result.edits if e.before is not None]
             outputs = self.recipe.place.outputs
             found[key] = {name: share(self.program, result.program, edits, outputs) for name, share in SHARES.items()}
@@ -179,7 +236,8 @@ class Problem:
 
     def evaluate(self, schedule: Schedule, batches: Iterable[Batch] | None = None) -> Evaluation:
         """Deviation and accuracy of a schedule, on the data to fit on or on others."""
-        deviations, hits = (np.array(v) for v in self._values(schedule, batches))
+        [values] = self._values([schedule]) if batches is None else self._run_all([schedule], batches)
+        deviations, hits = map(np.array, values)
         spread = float(deviations.std(ddof=1) / len(deviations) ** 0.5) if len(deviations) > 1 else 0.0
         accuracy = float(hits.mean()) if len(hits) else None
         cost = self.cost(schedule)
@@ -187,50 +245,47 @@ class Problem:
 
     def deviations(self, schedule: Schedule) -> np.ndarray:
         """Of every sample."""
-        return np.array(self._values(schedule)[0])
+        [(deviations, _)] = self._values([schedule])
+        return np.array(deviations)
 
-    def _values(
-        self, schedule: Schedule, batches: Iterable[Batch] | None = None, share: float = 1.0
-    ) -> tuple[list[float], list[bool]]:
-        """Deviation of every sample, and whether its answer is right, where labels are known."""
-        if batches is not None:
-            return self._run_all(schedule, batches)
-        known, key = self._known.setdefault("evaluations", {}), f"{schedule} {share:.4f}"
-        if key not in known:
-            known[key] = self._run_all(schedule, self.batches, self._dense, share)
-            self.passes += len(known[key][0]) / self.samples
-        return known[key]
+    def _values(self, schedules: Sequence[Schedule], share: float = 1.0) -> Iterator[Values]:
+        """Of each schedule, in order, on a share of the data to fit on; what is not known yet is measured."""
+        known = self._known.setdefault("evaluations", {})
+        keys = [f"{schedule} {share:.4f}" for schedule in schedules]
+        missing = {key: schedule for key, schedule in zip(keys, schedules, strict=True) if key not in known}
+        found = self._run_all(list(missing.values()), self.batches, self._dense, share) if missing else iter(())
+        for key in keys:
+            if key not in known:
+                known[key] = next(found)
+                self.passes += len(known[key][0]) / self.samples
+            yield known[key]
 
     def _run_all(
-        self, schedule: Schedule, batches: Iterable[Batch], kept: Sequence[list[Tensor]] = (), share: float = 1.0
-    ) -> tuple[list[float], list[bool]]:
-        program = self.reduced(schedule)
-        deviations: list[float] = []
-        right: list[bool] = []
-        for i, (inputs, labels) in enumerate(batches):
-            if int((i + 1) * share + 1e-9) == int(i * share + 1e-9):  # from all over the data: classes may be in order
-                continue
-            dense = kept[i] if i < len(kept) else self._run(self.program, inputs)
-            outputs = self._run(program, inputs)
-            deviations += self._measure(outputs, dense).double().tolist()
-            right += self._right(outputs, labels)
-        return deviations, right
+        self, schedules: Sequence[Schedule], batches: Iterable[Batch], kept: Sequence[list[Tensor]] = (),
+        share: float = 1.0,
+    ) -> Iterator[Values]:  # fmt: skip
+        """Of each schedule, in order; every batch is a task of its own."""
 
-    @staticmethod
-    def _right(outputs: Sequence[Tensor], labels: Tensor | None) -> list[bool]:
-        hits = None if labels is None else metrics.correct(outputs, labels)
-        return [] if hits is None else hits.tolist()
+        def tasks() -> Iterator[Task]:
+            for number, schedule in enumerate(schedules):
+                for i, (inputs, labels) in enumerate(batches):
+                    if int((i + 1) * share + 1e-9) > int(i * share + 1e-9):  # all over the data: in order of classes
+                        yield Task(number, schedule, inputs, labels, kept[i] if i < len(kept) else None)
+
+        for _, parts in groupby(self.workers.map(self._measurement, tasks()), lambda part: part[0]):
+            values: Values = [], []
+            for _, (deviations, right) in parts:
+                values[0].extend(deviations)
+                values[1].extend(right)
+            yield values
 
     def accuracy(self, batches: Iterable[Batch] | None = None) -> float | None:
         """Of the dense model."""
         right: list[bool] = []
         for i, (inputs, labels) in enumerate(self.batches if batches is None else batches):
             known = batches is None and i < len(self._dense)
-            right += self._right(self._dense[i] if known else self._run(self.program, inputs), labels)
+            right += _right(self._dense[i] if known else _run(self.program, inputs), labels)
         return sum(right) / len(right) if right else None
-
-    def _step(self, schedule: Schedule) -> ReduceTokens:
-        return ReduceTokens(self.recipe, schedule)
 
     # -- the table -----------------------------------------------------------------------------------------------
 
@@ -249,12 +304,13 @@ class Problem:
         layers, tokens = tuple(places), max(places.values())
         chained = self.recipe.place.name != "attention"
         error, saved = np.zeros((len(layers), len(RATIOS))), np.zeros((len(layers), len(RATIOS)))
-        for i, layer in enumerate(layers):
-            for j, ratio in enumerate(RATIOS):
-                self.progress("measure layers", i * len(RATIOS) + j, len(layers) * len(RATIOS))
-                schedule = alone(layer, round((1 - ratio) * places[layer]))
-                error[i, j] = np.mean(self._values(schedule, share=share)[0])
-                saved[i, j] = 1 - self.cost_of(schedule, counted)
+        cells = [alone(layer, round((1 - ratio) * places[layer])) for layer in layers for ratio in RATIOS]
+        values = self._values(cells, share)
+        for cell, schedule in enumerate(cells):
+            self.progress("measure layers", cell, len(cells))
+            at = divmod(cell, len(RATIOS))
+            error[at] = np.mean(next(values)[0])
+            saved[at] = 1 - self.cost_of(schedule, counted)
         self.save()
         # where one layer can remove no more, as a merge can no more than half, there is no more to measure
         grows = (np.diff(saved, axis=1, prepend=0) > 1e-9).any(0)

@@ -21,6 +21,7 @@ from tokenopt.budget import within
 from tokenopt.calibration.price import Price, Target, gate
 from tokenopt.calibration.problem import LAYERWISE, Batches, Evaluation, Problem, alone, schedule_of
 from tokenopt.calibration.solve import RATIOS, Table, scaled, solve
+from tokenopt.calibration.workers import named_workers
 from tokenopt.errors import BudgetError, UsageError
 from tokenopt.fitting import needs_data
 from tokenopt.passes.flatten_grids import FlattenGrids
@@ -235,6 +236,7 @@ def fit(
     seed: int = 0,
     cache: Path | None = None,
     keep_best: bool = False,
+    workers: str | None = None,
     progress: Progress = lambda *_: None,
 ) -> Calibration:
     """Fits the schedule of a recipe to data under a budget.
@@ -255,11 +257,14 @@ def fit(
         seed: the same seed gives the same schedule, where latency is not measured.
         cache: folder for what was measured, so that a second budget is quick; `cache_folder` is the usual one.
         keep_best: return the best found where nothing meets a budget of latency.
+        workers: "ray", or "ray:HOST:PORT" for a cluster that runs: the data, a batch at a time, are gone through on
+            Ray's processes. The schedule is the same, however many there are. This process alone by default.
         progress: called with (stage, done, total).
 
     Raises:
         BudgetError: if no schedule meets the budget.
-        UsageError: for a recipe without a schedule of layers, or data that do not fit.
+        UsageError: for a recipe without a schedule of layers, data that do not fit, or workers that are not there.
+        TokenoptError: if workers die again and again.
     """
     budget = Budget.parse(budget)
     names = candidates(recipe)
@@ -276,16 +281,17 @@ def fit(
     others = None if held_out is None else Batches.of(held_out, program)
     found: list[Calibration] = []
     refused: list[BudgetError | UsageError] = []
-    for one in names:
-        problem = Problem(canonical, one, batches, metric, cache, progress)
-        try:
-            found.append(_Fit(problem, budget, calibrator or Search(), target, seed, keep_best).run(others))
-        except (BudgetError, UsageError) as error:
-            refused.append(error)
-        finally:
-            problem.save()
-        if found and found[-1].interrupted:
-            break
+    with named_workers(workers) as pool:
+        for one in names:
+            problem = Problem(canonical, one, batches, metric, cache, progress, workers=pool)
+            try:
+                found.append(_Fit(problem, budget, calibrator or Search(), target, seed, keep_best).run(others))
+            except (BudgetError, UsageError) as error:
+                refused.append(error)
+            finally:
+                problem.save()
+            if found and found[-1].interrupted:
+                break
     if not found:
         raise refused[0]
     best = min(found, key=lambda c: c.chosen.deviation if budget.metric != "drop" else c.chosen.cost)
@@ -540,7 +546,9 @@ class _Fit:
             return None
         recipe = replace(recipes.get("random"), place=problem.recipe.place)
         try:
-            return Problem(problem.program, recipe, problem.batches, problem.metric, problem.cache)
+            return Problem(
+                problem.program, recipe, problem.batches, problem.metric, problem.cache, workers=problem.workers
+            )
         except UsageError:  # it has no such place
             return None
 
