@@ -106,9 +106,6 @@ def _run(program: Program, batch: Sequence[Tensor]) -> list[Tensor]:
     return flatten_tensors(program(*args, **kwargs))
 
 
-# -- patterns ----------------------------------------------------------------------------------------------------------
-
-
 # -- thresholds --------------------------------------------------------------------------------------------------------
 
 
@@ -120,27 +117,56 @@ def fit_thresholds(recipe: TokenRecipe, schedule: Schedule, program: Program, ba
 
     Source: Wang et al., DyMU, arXiv:2504.17040, sec. 3.1.
     """
+
+    def ranked(stream: Stream, similarity: fx.Node) -> list[fx.Node]:
+        removed = stream.count - schedule.kept(stream.layer, len(stream.sites), stream.count)
+        return [stream.insert(ops.shared_threshold.default, similarity, removed)] * 2
+
+    by_layer = _edges(recipe, schedule, program, batches, ranked)
+    return [by_layer.get(layer, 2.0) for layer in range(max(by_layer) + 1)]  # 2 is above every cosine
+
+
+def threshold_counts(recipe: TokenRecipe, schedule: Schedule, program: Program, batches: Batches) -> dict[int, float]:
+    """How many tokens the thresholds of a recipe merge in each layer, mean over samples."""
+
+    def counted(stream: Stream, similarity: fx.Node) -> list[fx.Node]:
+        threshold = stream.constant("threshold", torch.tensor(recipe.select.values[stream.layer]))
+        above = stream.insert(aten.gt.Tensor, similarity, threshold)
+        merged = stream.insert(aten.sum.dim_IntList, above, [1])
+        return [threshold, merged]
+
+    return _edges(recipe, schedule, program, batches, counted)
+
+
+def _edges(
+    recipe: TokenRecipe, schedule: Schedule, program: Program, batches: Batches,
+    choose: Callable[[Stream, fx.Node], list[fx.Node]],
+) -> dict[int, float]:  # fmt: skip
+    """By layer, the mean over batches of what is chosen to be seen.
+
+    Args:
+        choose: for a place, and the similarity of each token to its best partner there: the threshold above which the
+            batch merges, and what is to be seen.
+    """
     select = recipe.select
     assert isinstance(select, Threshold), "only a threshold has thresholds"
 
     def look(stream: Stream) -> tuple[list[fx.Node], Plan]:
-        removed = stream.count - schedule.kept(stream.layer, len(stream.sites), stream.count)
-        site = stream.site()
-        metric = stream.keys(site) if select.metric == "key" else stream.rows
+        metric = stream.keys(stream.site()) if select.metric == "key" else stream.rows
         edges = stream.insert(ops.best_partners.default, metric, stream.size, stream.start, stream.stop)
-        threshold = stream.insert(ops.shared_threshold.default, stream.items(edges, 1)[0], removed)
-        return [threshold], select.masked(stream, threshold)
+        threshold, value = choose(stream, stream.items(edges, 1)[0])
+        merged = recipe.fuse.build(stream, select.masked(stream, threshold), None, False)
+        return [value], recipe.restore.build(stream, merged)
 
     seeing, seen = _observe(recipe, schedule, program, look)
     total, count = torch.zeros(len(seen)), 0
     for batch in batches:
         found = _run(seeing, batch)[-len(seen) :]
-        total += torch.stack([f.float() for f in found])
+        total += torch.stack([f.float().mean() for f in found])
         count += 1
     if not count:
         raise UsageError("there is no data to fit thresholds on")
-    by_layer = dict(zip((layer for layer, _ in seen), (total / count).tolist(), strict=True))
-    return [by_layer.get(layer, 2.0) for layer in range(max(by_layer) + 1)]  # 2 is above every cosine
+    return dict(zip((layer for layer, _ in seen), (total / count).tolist(), strict=True))
 
 
 # -- attention patterns ------------------------------------------------------------------------------------------------
