@@ -22,10 +22,12 @@ from tokenopt.budget import within
 from tokenopt.calibration import Target
 from tokenopt.cost import program_flops
 from tokenopt.data import find_preprocessing, open_data
+from tokenopt.diagnostics import inactive_heads
 from tokenopt.errors import Refusal, UsageError
 from tokenopt.fitting import fit, fit_patterns, needs_data
 from tokenopt.inspection import axis_dict, refusal_of
 from tokenopt.parity import Parity
+from tokenopt.passes.drop_layers import DropLayers
 from tokenopt.passes.flatten_grids import FlattenGrids
 from tokenopt.passes.fold_constants import FoldConstants
 from tokenopt.passes.raise_attention import RaiseAttention
@@ -246,6 +248,8 @@ def learns(step: Pass) -> bool:
     """Whether a step has a part that is learned from data."""
     if isinstance(step, SparsifyAttention):
         return needs_data(step.resolved())
+    if isinstance(step, DropLayers):
+        return bool(step.inactive)
     return isinstance(step, ReduceTokens) and needs_data(step.resolved()[0])
 
 
@@ -253,26 +257,33 @@ def _fitted(step: Pass, program: Program, data: Any, weights: str | Path) -> Pas
     """A step whose recipe has learned from the data what it learns."""
     if not learns(step):
         return step
-    recipe, schedule = step.resolved() if isinstance(step, ReduceTokens) else (step.resolved(), None)
     if data is None:
-        raise UsageError(
-            f"recipe {recipe.name} learns from data, and there is none",
-            why=_learned_part(recipe),
-            hint="give inputs like those the model is for (--data PATH)",
-        )
+        what, why = _learned_part(step)
+        hint = "give inputs like those the model is for (--data PATH)"
+        raise UsageError(f"{what} learns from data, and there is none", why=why, hint=hint)
     opened = open_data(data, program.inputs, preprocessing=find_preprocessing(data, program.source, program.inputs))
     batches = (batch.inputs for batch in opened.batches(FITTED))
+    if isinstance(step, DropLayers):
+        found = inactive_heads(program, batches, step.segment, step.inactive)
+        known = [step.heads] * bool(step.heads)
+        return replace(step, heads=",".join([*known, *(f"{layer}/{head}" for layer, head in found)]), inactive=0.0)
+    recipe, schedule = step.resolved() if isinstance(step, ReduceTokens) else (step.resolved(), None)
     if isinstance(step, SparsifyAttention):
         return replace(step, pattern=None, recipe=fit_patterns(recipe, program, batches, Path(weights)), sites="all")
     return replace(step, recipe=fit(recipe, schedule, program, batches, Path(weights)), settings={})
 
 
-def _learned_part(recipe: TokenRecipe | AttentionRecipe) -> str:
-    if isinstance(recipe, AttentionRecipe):
+def _learned_part(step: Pass) -> tuple[str, str]:
+    """Who learns from data, and what."""
+    if isinstance(step, DropLayers):
+        return f"pass {step.name}", f"which heads give '{step.segment}' less than {step.inactive:g}"
+    if isinstance(step, SparsifyAttention):
+        recipe = step.resolved()
         part = next(p for p in recipe.pattern.values() if p.unfitted)
-        return f"{part}: {part.summary()}"
+        return f"recipe {recipe.name}", f"{part}: {part.summary()}"
+    recipe = step.resolved()[0]
     part = recipe.score if isinstance(recipe.score, Learned) else recipe.select
-    return f"{part.kind} '{part.name}': {part.summary()}"
+    return f"recipe {recipe.name}", f"{part.kind} '{part.name}': {part.summary()}"
 
 
 def _budgeted(steps: list[Pass], budget: Budget, program: Program) -> list[Pass]:
