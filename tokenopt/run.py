@@ -14,7 +14,7 @@ import torch
 import yaml
 from torch import Tensor
 
-from tokenopt import __version__, calibration, runtimes
+from tokenopt import __version__, calibration, registry, runtimes
 from tokenopt.attention.pattern import parse
 from tokenopt.attention.recipe import AttentionRecipe
 from tokenopt.calibration import Target
@@ -187,12 +187,21 @@ class Fitting:
         metric: of deviation.
         keep_best: take the best where nothing meets a budget of latency.
         resume: use what was measured before, and keep what is measured.
+        strategy: name of what chooses schedules; None is a search.
+
+    Raises:
+        UsageError: for an unknown strategy.
     """
 
     runtime: str | None = None
     metric: str | None = None
     keep_best: bool = False
     resume: bool = True
+    strategy: str | None = None
+
+    def __post_init__(self) -> None:
+        if self.strategy is not None:
+            registry.load("tokenopt.strategies", self.strategy)
 
     def target(self, threads: int) -> Target | None:
         return None if self.runtime is None else Target(self.runtime, threads=threads)
@@ -200,7 +209,8 @@ class Fitting:
     def options(self, held_out: Dataset | None, seed: int) -> dict[str, Any]:
         """Of `calibration.fit`."""
         cache = calibration.cache_folder() if self.resume else None
-        return {"held_out": held_out, "metric": self.metric, "seed": seed, "cache": cache, "keep_best": self.keep_best}
+        return {"held_out": held_out, "metric": self.metric, "seed": seed, "cache": cache, "keep_best": self.keep_best,
+                "calibrator": self.strategy}  # fmt: skip
 
 
 @dataclass
@@ -254,6 +264,9 @@ def optimize_model(
     if passes is None and recipe is not None and (passes := _resolved_passes(recipe)) is not None:
         recipe = None
     fits = budget is not None and data.path is not None and passes is None
+    if fitting.strategy is not None and not fits:
+        raise UsageError(f"there is nothing that the strategy {fitting.strategy} could choose",
+                         hint="--budget flops=60% and --data PATH, without --passes")  # fmt: skip
     learned_from = _check_method(recipe, schedule, settings, passes, short_outputs) or fits
     _protect(path, out, [PROGRAM, *(f"model{target.suffix}" for target in build.distinct)])
     clock = _Clock(progress)

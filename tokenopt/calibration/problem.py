@@ -216,6 +216,13 @@ class Problem:
             right += self._right(outputs, labels)
         return deviations, right
 
+    def outputs(self, schedule: Schedule) -> Iterator[tuple[list[Tensor], list[Tensor], Tensor | None]]:
+        """What the program with a schedule returns, what the dense one does, and the labels, batch by batch."""
+        program = self.reduced(schedule)
+        for i, (inputs, labels) in enumerate(self.batches):
+            dense = self._dense[i] if i < len(self._dense) else self._run(self.program, inputs)
+            yield self._run(program, inputs), dense, labels
+
     @staticmethod
     def _right(outputs: Sequence[Tensor], labels: Tensor | None) -> list[bool]:
         hits = None if labels is None else metrics.correct(outputs, labels)

@@ -11,11 +11,11 @@ from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass, field, replace
 from math import exp
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, ClassVar, Protocol
 
 import numpy as np
 
-from tokenopt import recipes
+from tokenopt import recipes, registry
 from tokenopt.budget import within
 from tokenopt.calibration.price import Price, Target, gate
 from tokenopt.calibration.problem import LAYERWISE, Batches, Evaluation, Problem, alone, schedule_of
@@ -62,6 +62,7 @@ class Search:
     """
 
     trials: int = TRIALS
+    wary: ClassVar[bool] = True  # a fixed schedule is taken unless a trial is surely better
 
     def schedules(self, problem: Problem, budget: float, seed: int) -> Iterator[Schedule]:
         """The solution of the table first, then trials; what leads to a known schedule is no trial."""
@@ -223,7 +224,7 @@ def fit(
     budget: str | Budget,
     held_out: Any = None,
     metric: str | None = None,
-    calibrator: Calibrator | None = None,
+    calibrator: Calibrator | str | None = None,
     target: Target | None = None,
     seed: int = 0,
     cache: Path | None = None,
@@ -243,7 +244,7 @@ def fit(
         budget: "flops=60%", "tokens=60%", "latency=0.6x", "latency=4ms" or "drop=0.5%".
         held_out: data that are not fitted on, for the numbers of a report.
         metric: kl, cosine, last-token, relative, or package.module:function; what suits the outputs by default.
-        calibrator: `Search` by default.
+        calibrator: a strategy, or its name; `Search` by default.
         target: where latency counts. What does not pay there is taken back, even if that costs operations or tokens.
         seed: the same seed gives the same schedule, where latency is not measured.
         cache: folder for what was measured, so that a second budget is quick; `cache_folder` is the usual one.
@@ -262,6 +263,7 @@ def fit(
         if needs_data(one):
             why = "a part of it is learned from data, for a schedule that is known"
             raise UsageError(f"recipe {one.name} has no schedule to calibrate", why=why)
+    strategy = registry.load("tokenopt.strategies", calibrator)() if isinstance(calibrator, str) else calibrator
     canonical = Pipeline([FoldConstants(), RaiseAttention(), FlattenGrids()]).run(program).program
     if budget.metric == "latency" and target is None:
         target = Target()
@@ -272,7 +274,7 @@ def fit(
     for one in names:
         problem = Problem(canonical, one, batches, metric, cache, progress)
         try:
-            found.append(_Fit(problem, budget, calibrator or Search(), target, seed, keep_best).run(others))
+            found.append(_Fit(problem, budget, strategy or Search(), target, seed, keep_best).run(others))
         except (BudgetError, UsageError) as error:
             refused.append(error)
         finally:
@@ -311,6 +313,9 @@ class _Fit:
     def run(self, held_out: Batches | None) -> Calibration:
         start, problem, budget = time.perf_counter(), self.problem, self.budget
         layerwise = problem.recipe.place.name in LAYERWISE
+        if not layerwise and not getattr(self.calibrator, "wary", False):
+            why = f"place {problem.recipe.place} has no layers to choose"
+            raise UsageError(f"recipe {problem.recipe.name} cannot be chosen for by a strategy", why=why)
         if not layerwise and budget.metric not in ("flops", "tokens"):
             why = f"place {problem.recipe.place} has no layers to choose"
             raise UsageError(f"recipe {problem.recipe.name} cannot be fitted to {budget}", why=why)
@@ -377,7 +382,7 @@ class _Fit:
         self.problem.progress(f"{stage}, {self.problem.recipe.name}, best {best:.3g}", done, total)
 
     def _best(self) -> Schedule:
-        """The best trial, if it is better than the best fixed schedule by two standard errors; else that one.
+        """The best trial; of a search, if it is better than the best fixed schedule by two standard errors, else that.
 
         The best of many trials looks better on the data it was chosen on than it is, and the mean deviation is made by
         the few samples that are about to change their class. So schedules are compared by the roots of the deviations,
@@ -389,6 +394,8 @@ class _Fit:
         allowed = {key for key, s in self.found.items() if self._allowed(self.problem.evaluate(s))}
         least = lambda keys: min(keys, key=lambda key: (roots[key].mean(), key))  # noqa: E731
         trials, fixed = ([key for key in keys if key in allowed] for keys in (self.trials, self.fixed.values()))
+        if trials and not getattr(self.calibrator, "wary", False):  # it was asked for; fixed schedules are to compare
+            return self.found[least(trials)]
         if not trials or not fixed:
             return self.found[least(allowed or roots)]
         best, usual = least(trials), least(fixed)
