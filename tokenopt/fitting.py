@@ -172,6 +172,14 @@ def _edges(
 # -- attention patterns ------------------------------------------------------------------------------------------------
 
 
+@dataclass(frozen=True)
+class Attended:
+    """What attentions compute on data: of ``count`` in all, by number, layout, queries and keys [B, H, N, D]."""
+
+    count: int
+    operands: dict[int, tuple[Layout, Tensor, Tensor]]
+
+
 def fit_patterns(recipe: AttentionRecipe, program: Program, batches: Batches, path: Path) -> AttentionRecipe:
     """The recipe with a pattern of its own for every attention, fitted on its queries and keys in the dense program.
 
@@ -184,15 +192,22 @@ def fit_patterns(recipe: AttentionRecipe, program: Program, batches: Batches, pa
     Raises:
         UsageError: if there is no data, or no attention to fit.
     """
-    from safetensors.torch import save_file
+    return fit_to(recipe, attended(recipe, program, batches), path)
 
+
+def attended(recipe: AttentionRecipe, program: Program, batches: Batches) -> Attended:
+    """What the attentions compute that a recipe's patterns are fitted to.
+
+    Raises:
+        UsageError: if there is no data, or no attention to fit.
+    """
     seeing = Pipeline([FoldConstants(), RaiseAttention(), FlattenGrids()]).run(program).program
     sites = numbered_sites(seeing)
-    patterns = {i: p for i in range(len(sites)) if (p := recipe.pattern_at(i, len(sites))) is not None}
     layouts: dict[int, Layout] = {}
-    for i, pattern in patterns.items():
+    for i, site in enumerate(sites):
+        pattern = recipe.pattern_at(i, len(sites))
         try:
-            layouts |= {i: layout_of(sites[i])} if pattern.unfitted else {}
+            layouts |= {i: layout_of(site)} if pattern is not None and pattern.unfitted else {}
         except PatternRefused:
             continue
     if not layouts:
@@ -203,9 +218,18 @@ def fit_patterns(recipe: AttentionRecipe, program: Program, batches: Batches, pa
     seen = [_run(seeing, batch)[-2 * len(layouts) :] for batch in batches]
     if not seen:
         raise UsageError("there is no data to fit patterns on")
+    operands = [torch.cat([found[i].float() for found in seen]) for i in range(2 * len(layouts))]
+    pairs = zip(layouts.items(), operands[::2], operands[1::2], strict=True)
+    return Attended(len(sites), {i: (layout, query, key) for (i, layout), query, key in pairs})
+
+
+def fit_to(recipe: AttentionRecipe, seen: Attended, path: Path) -> AttentionRecipe:
+    """The recipe with its patterns fitted to what was seen; see `fit_patterns`."""
+    from safetensors.torch import save_file
+
+    patterns = {i: p for i in range(seen.count) if (p := recipe.pattern_at(i, seen.count)) is not None}
     weights: dict[str, Tensor] = {}
-    for number, (i, layout) in enumerate(layouts.items()):
-        query, key = (torch.cat([found[2 * number + operand].float() for found in seen]) for operand in (0, 1))
+    for i, (layout, query, key) in seen.operands.items():
         patterns[i], learned = _fitted(patterns[i], layout, query, key, path, i)
         weights |= {f"site{i}.{name}": value.contiguous() for name, value in learned.items()}
     if weights:

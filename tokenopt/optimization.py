@@ -130,24 +130,24 @@ def optimize(
     done()
 
     calibrated = None
-    if budget is not None and data is not None and passes is None:
-        tokens = _calibrated_recipes(recipe, settings, schedule)
-        if tokens:
-            calibrated = calibration.fit(
-                program, tokens, data, budget=budget, target=target, progress=progress or _silent, **(fitting or {})
-            )
-            recipe, schedule, settings, budget = calibrated.recipe, calibrated.schedule, None, None
-
     with tempfile.TemporaryDirectory() as scratch:
+        written = Path(weights or Path(scratch) / "scorer.safetensors")
+        if budget is not None and data is not None and passes is None:
+            found = _calibrated_recipes(recipe, settings, schedule)
+            calibrated = calibration.fit(
+                program, found, data, budget=budget, target=target, weights=written, progress=progress or _silent,
+                **(fitting or {}),
+            )  # fmt: skip
+            recipe, settings, budget = calibrated.recipe, None, None
+            schedule = calibrated.schedule if isinstance(recipe, TokenRecipe) else None
         done = stage("rewrite")
-        written = weights or Path(scratch) / "scorer.safetensors"
         steps = _steps(passes, recipe, schedule, settings, short_outputs, min_speedup)
         steps = [_fitted(s, program, data, written) for s in steps]
         canonical = Pipeline([FoldConstants(), RaiseAttention(), FlattenGrids()]).run(program)
         if budget is not None:
             steps = _budgeted(steps, Budget.parse(budget), canonical.program)
         gated: list[dict[str, Any]] = []
-        if target is not None and calibrated is None:
+        if target is not None and (calibrated is None or isinstance(recipe, AttentionRecipe)):
             steps, gated = _gated(steps, canonical.program, target)
         reducing = [s for s in steps if isinstance(s, ReduceTokens)]
         result = Pipeline(steps).run(program)
@@ -159,10 +159,10 @@ def optimize(
         done()
     if progress is not None:
         progress("check", len(stages), len(stages))
-    report.calibration = {"gate": gated} if gated else {}
     if calibrated is not None:
         report.calibration = calibrated.to_dict()
         seconds["calibrate"] = calibrated.seconds
+    report.calibration |= {"gate": gated} if gated else {}
     report.timings = {**seconds, **result.timings}
     return Result(result.program, program, report, steps)
 
@@ -171,17 +171,15 @@ def _silent(stage: str, done: int, total: int) -> None:
     """No progress."""
 
 
-def _calibrated_recipes(recipe: Any, settings: Mapping[str, Any] | None, schedule: Any) -> list[TokenRecipe]:
-    """The recipes whose schedule a budget is fitted with; none where attention has patterns or a part is to be learned.
-
-    A schedule that is given is one of the shapes to compare with.
-    """
-    found = calibration.candidates(recipe)
-    if any(isinstance(one, AttentionRecipe) or needs_data(one) for one in found):
-        return []
-    found = [one.with_settings(settings or {}) for one in found]
+def _calibrated_recipes(
+    recipe: Any, settings: Mapping[str, Any] | None, schedule: Any
+) -> list[TokenRecipe | AttentionRecipe]:
+    """The recipes that a budget is fitted with. A schedule that is given is one of the shapes to compare with."""
+    found = [one.with_settings(settings or {}) for one in calibration.candidates(recipe)]
     if schedule is None:
         return found
+    if any(isinstance(one, AttentionRecipe) for one in found):
+        raise UsageError("a pattern of attention keeps all tokens", why="it has no schedule to start from")
     return [replace(one, schedule=Schedule.parse(schedule).to_dict()) for one in found]
 
 

@@ -36,6 +36,7 @@ from tokenopt.runtimes.compare import verify
 from tokenopt.runtimes.eager import EagerEngine
 from tokenopt.schedule import Budget
 from tokenopt.staging import staged
+from tokenopt.tokens.recipe import TokenRecipe
 
 Progress = Callable[[str, int, int], None]
 
@@ -358,8 +359,11 @@ def calibrate_model(
 ) -> dict[str, Any]:
     """Fits a schedule to data and writes it as JSON, which ``--schedule`` takes.
 
+    Of a recipe that gives attention a pattern it is the recipe that is fitted: ``--recipe`` takes the file.
+
     Returns:
-        What was written: ``recipe, schedule, model`` (digest), ``calibration`` (as in a report), ``data, tokenopt``.
+        What was written: ``recipe`` (its name, or what it is), ``schedule, model`` (digest), ``calibration`` (as in a
+        report), ``data, tokenopt``.
     """
     if data.path is None:
         raise UsageError("there is nothing to fit on", hint="--data PATH, inputs like those the model is for")
@@ -379,7 +383,7 @@ def calibrate_model(
     )
     rows = {"fitted": fitted, "checked": checked}
     content = {
-        "recipe": found.recipe.name,
+        "recipe": found.recipe.name if isinstance(found.recipe, TokenRecipe) else found.recipe.to_dict(),
         "schedule": found.schedule.to_dict(),
         "model": {"name": path.name, "digest": program.digest},
         "data": {"seed": data.seed, **{k: None if v is None else v.describe() for k, v in rows.items()}},

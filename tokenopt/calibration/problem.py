@@ -15,7 +15,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from tokenopt.budget import SHARES
+from tokenopt.budget import SHARES, within
 from tokenopt.calibration import metrics
 from tokenopt.calibration.price import Price
 from tokenopt.calibration.solve import RATIOS, Table
@@ -25,7 +25,7 @@ from tokenopt.passes.reduce_tokens import Planner, ReduceTokens
 from tokenopt.passes.remove_dead import RemoveDead
 from tokenopt.pipeline import Pipeline, PipelineResult
 from tokenopt.program import Program, atomic_path
-from tokenopt.schedule import Schedule
+from tokenopt.schedule import Budget, Schedule
 from tokenopt.tokens.plan import Stream
 from tokenopt.tokens.recipe import TokenRecipe
 
@@ -84,6 +84,8 @@ class Problem:
         cache: a folder for what was measured; None keeps nothing.
         progress: called with (stage, done, total).
         price: what a schedule costs; operations by default.
+        weights: the file that learned weights are kept in, and that the recipe of the answer reads; None if it is to
+            learn again.
     """
 
     program: Program
@@ -93,6 +95,7 @@ class Problem:
     cache: Path | None = None
     progress: Callable[[str, int, int], None] = field(default=lambda *_: None)
     price: Price = field(default_factory=Price)
+    weights: Path | None = None
     passes: float = 0.0  # forward passes over the data so far
     off: float = 0.0  # what programs were found to cost more than the table says
 
@@ -136,6 +139,19 @@ class Problem:
             return program.flat(*args, **kwargs)[: len(self.program.output_nodes)]
 
     # -- schedules -----------------------------------------------------------------------------------------------
+
+    @property
+    def layerwise(self) -> bool:
+        """Whether every layer has a number of its own."""
+        return self.recipe.place.name in LAYERWISE
+
+    def scaled(self, budget: Budget) -> Schedule:
+        """The recipe's own schedule, scaled to a budget: for places without layers of their own."""
+        return Schedule.parse(within(budget, self._step(Schedule.parse(self.recipe.schedule)), self.program).schedule)
+
+    def recipe_at(self, schedule: Schedule) -> Any:
+        """The recipe that is the answer where a schedule is."""
+        return self.recipe
 
     @property
     def places(self) -> dict[int, tuple[str, int]]:
