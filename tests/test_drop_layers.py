@@ -10,8 +10,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+import tokenopt
 from tokenopt import capture, runtimes
 from tokenopt.cost import program_flops
+from tokenopt.diagnostics import inactive_heads
 from tokenopt.errors import UsageError
 from tokenopt.passes.drop_layers import DropLayers
 from tokenopt.passes.fold_constants import FoldConstants
@@ -39,6 +41,7 @@ class Reader(nn.Module):
         self.attention: set[int] = set()
         self.mlp: set[int] = set()
         self.heads: set[tuple[int, int]] = set()
+        self.blind: set[tuple[int, int]] = set()
         self.only = slice(None)
         self.units = 0
         self.causal = self.seen = True
@@ -59,6 +62,9 @@ class Reader(nn.Module):
             for layer, head in self.heads:
                 if layer == i:
                     heads[:, head] = 0
+            for layer, head in self.blind:
+                if layer == i:
+                    heads[:, head] = self._blinded(q[:, head], k[:, head], v[:, head])
             x = self._add(x, self.out[i](heads.transpose(1, 2).flatten(2)), i in self.attention)
             hidden = F.gelu(self.up[i](self.norms[2 * i + 1](x)))
             if i in self.mlp and self.units:
@@ -66,6 +72,17 @@ class Reader(nn.Module):
                 hidden[:, self.only, self.units :] = 0
             x = self._add(x, self.down[i](hidden), i in self.mlp and not self.units)
         return x
+
+    def _blinded(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        """A head that adds nothing to some tokens, and where ``seen`` is false does not see them either."""
+        logits = q @ k.transpose(1, 2) / q.shape[2] ** 0.5
+        if self.causal:
+            logits = logits.masked_fill(torch.ones_like(logits, dtype=torch.bool).triu(1), -torch.inf)
+        if not self.seen:
+            logits[:, :, self.only] = -torch.inf
+        out = logits.softmax(-1) @ v
+        out[:, self.only] = 0
+        return out
 
     def _add(self, x: Tensor, update: Tensor, dropped: bool) -> Tensor:
         if not dropped:
@@ -220,6 +237,86 @@ def test_heads(models: dict[bool, tuple[Reader, Program]]) -> None:
     total = 4 + PATCHES + TEXT
     less = 2 * 4 * total * total * WIDTH // HEADS
     assert program_flops(dropped(program, heads="0/1,2/0").program) == program_flops(program) - less
+
+
+@pytest.mark.parametrize("segment, only", [("patch", slice(4, 20)), ("text", slice(20, 25))])
+@pytest.mark.parametrize("causal", [True, False])
+@pytest.mark.parametrize("seen", [True, False])
+@torch.no_grad()
+def test_heads_without_a_segment(
+    models: dict[bool, tuple[Reader, Program]], segment: str, only: slice, causal: bool, seen: bool
+) -> None:
+    """One head of the first layer and both of the last leave the segment alone; the others see it as before."""
+    model, program = models[causal]
+    result = dropped(program, heads="0/1,2/0,2/1", segment=segment, seen=seen)
+    assert not result.refusals
+    model = copy.deepcopy(model)
+    model.blind, model.only, model.seen = {(0, 1), (2, 0), (2, 1)}, only, seen
+    for rows in (1, 3):
+        given = inputs(rows)
+        torch.testing.assert_close(result.program(*given), model(*given), rtol=1e-4, atol=1e-5)
+    assert program_flops(result.program) < program_flops(program)
+
+
+# -- heads that data choose --------------------------------------------------------------------------------------------
+
+
+def shares(model: Reader, given: tuple[Tensor, Tensor]) -> Tensor:
+    """Attention of the last layer's heads to the patches over that to the others, [B, H]: of the last token in a causal
+    model, else the mean of all tokens that are no patches."""
+    x = torch.cat([model.prompt.expand(len(given[0]), -1, -1), model.patches(given[0]).flatten(2).transpose(1, 2),
+                   model.words(given[1])], 1)  # fmt: skip
+    for i in range(LAYERS):
+        parts = model.qkv[i](model.norms[2 * i](x)).unflatten(2, (3, HEADS, -1)).permute(2, 0, 3, 1, 4)
+        q, k, v = parts[0] * model.phase, parts[1] * model.phase, parts[2]
+        logits = q @ k.transpose(2, 3) / (WIDTH // HEADS) ** 0.5
+        if model.causal:
+            logits = logits.masked_fill(torch.ones_like(logits, dtype=torch.bool).triu(1), -torch.inf)
+        weights = logits.softmax(-1)
+        x = x + model.out[i]((weights @ v).transpose(1, 2).flatten(2))
+        x = x + model.down[i](F.gelu(model.up[i](model.norms[2 * i + 1](x))))
+    others = [*range(4), *range(20, 25)]
+    rows = weights[:, :, -1:] if model.causal else weights[:, :, others]
+    given_to = rows[..., 4:20].sum(-1).mean(-1)
+    return given_to / (1 - given_to)
+
+
+@pytest.mark.parametrize("causal", [True, False])
+@torch.no_grad()
+def test_heads_are_voted_on(models: dict[bool, tuple[Reader, Program]], causal: bool) -> None:
+    """A head is inactive exactly where at most 40 % of the samples give the patches more than the threshold."""
+    model, program = models[causal]
+    batches = [inputs(6), inputs(4)]
+    ratio = torch.cat([shares(model, batch) for batch in batches])
+    sizes = set()
+    for threshold in (ratio.flatten().sort().values[::2] + 1e-4).tolist():
+        expected = [(2, h) for h in range(HEADS) if (ratio[:, h] > threshold).float().mean() <= 0.4]
+        assert inactive_heads(program, batches, "patch", threshold) == expected
+        sizes.add(len(expected))
+    assert sizes == {0, 1, 2}
+    with pytest.raises(UsageError, match="no heads to vote on"):
+        inactive_heads(program, batches, "sky", 0.1)
+    with pytest.raises(UsageError, match="no data"):
+        inactive_heads(program, [], "patch", 0.1)
+
+
+@torch.no_grad()
+def test_optimize_drops_the_heads_that_data_choose(models: dict[bool, tuple[Reader, Program]]) -> None:
+    model, program = models[True]
+    passes = "fold-constants,raise-attention,drop-layers{inactive=1000,segment=patch,seen=false},remove-dead"
+    result = tokenopt.optimize(program, passes=passes, data=[list(inputs(4))])
+    step = next(s for s in result.steps if isinstance(s, DropLayers))
+    assert step == DropLayers(heads="2/0,2/1", segment="patch", seen=False)
+    model = copy.deepcopy(model)
+    model.blind, model.only, model.seen = {(2, 0), (2, 1)}, slice(4, 20), False
+    given = inputs(3)
+    torch.testing.assert_close(result.program(*given), model(*given), rtol=1e-4, atol=1e-5)
+    with pytest.raises(UsageError, match="pass drop-layers learns from data"):
+        tokenopt.optimize(program, passes=passes)
+    with pytest.raises(UsageError, match="no heads yet"):
+        dropped(program, inactive=0.1, segment="patch")
+    with pytest.raises(UsageError, match="no number"):
+        DropLayers(inactive="few", segment="patch")
 
 
 def test_what_is_refused(program: Program) -> None:

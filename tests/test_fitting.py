@@ -162,6 +162,40 @@ def test_thresholds_merge_as_many_as_scheduled_on_average() -> None:
     assert sum(found) / len(found) == pytest.approx(8, abs=1)
 
 
+def ranked(model: nn.Module, batch: Tensor, r: int) -> list[float]:
+    """The thresholds of one batch, layer by layer: the similarity of the pair behind the last that merges, of all."""
+    values: list[float] = []
+    for number in range(len(model.blocks)):
+        similar = []
+        for row in batch:
+            tokens, layers = references.timm_embed(model, row[None])
+            for layer, value in zip(layers, (*values, None), strict=False):
+                attended = layer.attend(tokens, references.log_size(tokens))
+                unit = torch.nn.functional.normalize(attended.key.mean(1)[0], dim=-1)
+                best = (unit[2::2] @ unit[1::2].T).amax(-1)
+                if value is None:
+                    similar += best.tolist()
+                    break
+                tokens = references.merge(replace(tokens, x=attended.x), attended.key, int((best > value).sum()))
+                tokens = replace(tokens, x=layer.feed(tokens))
+        values.append(max(sorted(similar, reverse=True)[r * len(batch)], 0.0))
+        assert len(values) == number + 1
+    return values
+
+
+def test_pairs_of_a_batch_are_ranked_together_layer_by_layer() -> None:
+    """Against the hand-patched model, one image at a time; then how many each threshold merges, mean over batches."""
+    model = refs.tiny("head")
+    program, recipe = thresholded(model, "r=8")
+    with torch.no_grad():
+        expected = torch.tensor([ranked(model, batch, 8) for (batch,) in DATA]).mean(0)
+        torch.testing.assert_close(torch.tensor(recipe.select.values), expected, rtol=1e-4, atol=1e-5)
+        merged = [counts(model, row[None], recipe.select.values)[0] for (batch,) in DATA for row in batch]
+    found = fitting.threshold_counts(recipe, Schedule.parse("r=8"), program, DATA)
+    assert list(found) == [0, 1, 2, 3]
+    torch.testing.assert_close(torch.tensor(list(found.values())), torch.tensor(merged).float().mean(0))
+
+
 # -- in optimize -------------------------------------------------------------------------------------------------------
 
 

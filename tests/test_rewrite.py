@@ -132,7 +132,7 @@ def test_text_and_passes_are_the_same(text: str) -> None:
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        ("fold", "there is no passe? 'fold'"),
+        ("fold", "there is no pass 'fold'"),
         ("fold-constants{speed=3}", "has no option 'speed'"),
         ("fold-constants{max-elements}", "has no value"),
         ("fold constants", "not a list of passes"),
@@ -144,7 +144,7 @@ def test_wrong_text_says_what_fits(text: str, message: str) -> None:
 
 
 def test_an_installed_plugin_is_found(tmp_path: Path) -> None:
-    """The example plug-in, installed by pip into a folder of its own: its pass, recipe and axis rule work by name."""
+    """The example plug-in, installed by pip into a folder of its own: all that it registers works by name."""
     install = [sys.executable, "-m", "pip", "install", "--quiet", "--no-deps", "--no-build-isolation", "--target",
                str(tmp_path), str(PLUGIN)]  # fmt: skip
     subprocess.run(install, check=True, capture_output=True)
@@ -158,6 +158,8 @@ assert "half-tome" in tokenopt.recipes.names()
 program = tokenopt.capture(references.tiny_timm(), references.images(2))
 result = tokenopt.Pipeline("fold-constants,raise-attention,keep-first{after=0.6}").run(program)
 print([(e.site, e.after) for e in result.edits if e.before])
+found = tokenopt.calibrate(program, "tome", {"x": references.images(4)}, budget="flops=90%", calibrator="first-layers")
+assert found.r[0] > found.r[1] > found.r[2], found
 torch.library.define("example::scale", "(Tensor x, Tensor y) -> Tensor")
 assert rule_for(torch.ops.example.scale.default) is not None
 """

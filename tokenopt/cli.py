@@ -15,7 +15,7 @@ from typing import Annotated, Any, NoReturn
 
 import typer
 
-from tokenopt import __version__
+from tokenopt import __version__, registry
 from tokenopt.errors import TokenoptError, UsageError
 
 DONE, ERROR, UNCHANGED, MISMATCH, INTERRUPTED = 0, 1, 3, 4, 130
@@ -96,6 +96,11 @@ Metric = Annotated[
     str | None,
     typer.Option(help="Of deviation: kl, cosine, last-token, relative or package.module:function; by the outputs."),
 ]
+Strategy = Annotated[
+    str | None,
+    typer.Option(metavar="NAME", help="What chooses schedules within a budget: "
+                 f"{', '.join(registry.names('tokenopt.strategies'))}.", show_default="search"),
+]  # fmt: skip
 KeepBest = Annotated[bool, typer.Option("--keep-best", help="Write the best found, if nothing meets the latency.")]
 Resume = Annotated[bool, typer.Option("--resume/--afresh", help="Use and keep what is measured, or do not.")]
 Workers = Annotated[
@@ -183,6 +188,7 @@ def optimize(
     samples: Samples = None,
     seed: Seed = 0,
     skip_bad: SkipBad = False,
+    strategy: Strategy = None,
     metric: Metric = None,
     runtime: ForRuntime = None,
     keep_best: KeepBest = False,
@@ -215,7 +221,7 @@ def optimize(
             data=_data(data, eval_data, mean, std, resize, crop, samples, seed, skip_bad),
             batch_sizes=_sizes(batch),
             threads=threads,
-            fitting=run.Fitting(runtime, metric, keep_best, resume, workers),
+            fitting=run.Fitting(runtime, metric, keep_best, resume, workers, strategy),
             command=context.obj,
             progress=progress,
         )
@@ -249,6 +255,7 @@ def calibrate(
     samples: Samples = None,
     seed: Seed = 0,
     skip_bad: SkipBad = False,
+    strategy: Strategy = None,
     metric: Metric = None,
     runtime: ForRuntime = None,
     keep_best: KeepBest = False,
@@ -277,7 +284,7 @@ def calibrate(
             settings=_assignments(settings),
             data=_data(data, eval_data, mean, std, resize, crop, samples, seed, skip_bad),
             threads=threads,
-            fitting=run.Fitting(runtime, metric, keep_best, resume, workers),
+            fitting=run.Fitting(runtime, metric, keep_best, resume, workers, strategy),
             progress=progress,
         )
     _show(found, terminal.calibrated, json)
@@ -400,8 +407,8 @@ def explain(
 ) -> None:
     """Explain a name, or a site of a report.
 
-    A name is that of a pass, recipe, part of a recipe, runtime, operation or error. Of a site it says what was done, or
-    why nothing was.
+    A name is that of a pass, recipe, part of a recipe, runtime, strategy, operation or error. Of a site it says what
+    was done, or why nothing was.
     """
     from tokenopt import terminal
     from tokenopt.explain import explain_name, explain_site

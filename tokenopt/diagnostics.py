@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -14,6 +14,7 @@ from torch import Tensor, fx
 from tokenopt.analysis.axes import propagate
 from tokenopt.analysis.cuts import StreamCut, find_cuts
 from tokenopt.analysis.sites import AttentionSite, Segment, find_sites
+from tokenopt.errors import UsageError
 from tokenopt.graph import GraphEditor, add_output
 from tokenopt.passes.flatten_grids import FlattenGrids
 from tokenopt.passes.fold_constants import FoldConstants
@@ -27,6 +28,7 @@ ops = torch.ops.tokenopt
 
 _ROWS = 64  # of attention probabilities that exist at a time
 _WINDOW = 4  # rows and columns of a neighbourhood
+_ALL_ACTIVE, _VOTES = 2, 0.4  # layers that keep all heads, and the share of the votes that an active head exceeds
 
 
 def diagnose(program: Program, batches: Iterable[Sequence[Tensor]]) -> dict[str, Any]:
@@ -109,6 +111,64 @@ def sinks(
     return [{"site": cut.site.id, **total.result()} for cut, total in zip(seen, totals, strict=True)]
 
 
+def inactive_heads(
+    program: Program, batches: Iterable[Sequence[Tensor]], segment: str, least: float
+) -> list[tuple[int, int]]:
+    """The heads, as (layer, head), that do not need the tokens of a segment.
+
+    Each sample votes for a head that gives the segment more than ``least`` of what it gives all other tokens. In causal
+    attention that is what the last token gives, which answers; elsewhere the mean of the tokens beside the segment.
+    Heads are active that get more than 40 % of the votes, and so are all of the first two layers.
+
+    Args:
+        batches: inputs of the program, as flat tensors.
+
+    Raises:
+        UsageError: if there are no data, or no attention has such a segment among others.
+
+    Source: Zhang et al., Treat Visual Tokens as Text?, arXiv:2410.06169 (YOPO), with the numbers of its code.
+    """
+    seeing = Pipeline([FoldConstants(), RaiseAttention(), FlattenGrids()]).run(program).program
+    sites = [s for s in find_sites(propagate(seeing))[0] if s.kind in ("self", "joint")]
+    votes: dict[str, _Votes] = {}
+    for layer, site in enumerate(sites):
+        found = next((s for s in site.axis.segments if s.name == segment), None) if _watched(site) else None
+        if layer >= _ALL_ACTIVE and found is not None and found.length < site.keys:
+            votes[site.node.name] = _Votes(layer, site, found, least)
+    if not votes:
+        why = f"behind the first {_ALL_ACTIVE} layers none has a segment {segment!r} among others"
+        raise UsageError("there are no heads to vote on", why=why, hint="inspect shows the segments")
+    watch = _Watch(seeing.module(), votes)
+    with torch.no_grad():
+        for batch in batches:
+            watch.run(*pytree.tree_leaves(seeing.bind(batch)), enable_io_processing=False)
+    if not all(v.samples for v in votes.values()):
+        raise UsageError("there are no data to vote on heads")
+    return [(v.layer, head) for v in votes.values() for head in v.inactive()]
+
+
+class _Votes:
+    """Votes for the heads of one attention."""
+
+    def __init__(self, layer: int, site: AttentionSite, segment: Segment, least: float) -> None:
+        self.layer, self.least = layer, least
+        self.columns = slice(segment.start, segment.start + segment.length)
+        others = torch.tensor(sorted({*range(site.queries)} - {*range(self.columns.start, self.columns.stop)}))
+        self.rows = torch.tensor([site.queries - 1]) if site.causal else others
+        self.votes, self.samples = torch.zeros(site.heads), 0
+
+    def add(self, args: Sequence[Any], kwargs: dict[str, Any]) -> None:
+        """What one batch adds."""
+        query, key, _, bias, key_bias = [*args, None, None][:5]
+        share = _probabilities(query, key, bias, key_bias, self.rows.to(query.device), kwargs)
+        given = share[..., self.columns].sum(-1).mean(2)
+        self.votes += (given > self.least * (1 - given)).float().sum(0).cpu()
+        self.samples += len(query)
+
+    def inactive(self) -> list[int]:
+        return (self.votes <= _VOTES * self.samples).nonzero().flatten().tolist()
+
+
 def _watched(site: AttentionSite) -> bool:
     """Whether an attention is one per sample among the tokens of a sequence with reducible ones."""
     axis = site.axis
@@ -120,7 +180,7 @@ def _watched(site: AttentionSite) -> bool:
 class _Watch(fx.Interpreter):
     """Runs a program and shows the operands of its attentions; every other value lives as long as it is needed."""
 
-    def __init__(self, module: torch.nn.Module, spreads: dict[str, _Spread]) -> None:
+    def __init__(self, module: torch.nn.Module, spreads: Mapping[str, _Spread | _Votes]) -> None:
         super().__init__(module)
         self.spreads = spreads
 

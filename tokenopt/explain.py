@@ -18,11 +18,12 @@ from tokenopt.schedule import Schedule
 from tokenopt.tokens.primitive import Primitive
 from tokenopt.tokens.recipe import PARTS, POSITIONS, TokenRecipe
 
-_KINDS = {"pass": "tokenopt.passes", "recipe": "tokenopt.recipes", "runtime": "tokenopt.runtimes"}
+_KINDS = {"pass": "tokenopt.passes", "recipe": "tokenopt.recipes", "runtime": "tokenopt.runtimes",
+          "strategy": "tokenopt.strategies"}  # fmt: skip
 
 
 def explain_name(name: str) -> str:
-    """What a pass, recipe, part, runtime, operation or error class is; of a recipe's file, what that recipe does.
+    """What a pass, recipe, part, runtime, strategy, operation or error class is; of a recipe's file, what it does.
 
     A part may be given with settings: ``topk``, ``cls_row{layer=-1}``. What is called the same is explained together.
 

@@ -106,9 +106,6 @@ def _run(program: Program, batch: Sequence[Tensor]) -> list[Tensor]:
     return flatten_tensors(program(*args, **kwargs))
 
 
-# -- patterns ----------------------------------------------------------------------------------------------------------
-
-
 # -- thresholds --------------------------------------------------------------------------------------------------------
 
 
@@ -120,30 +117,67 @@ def fit_thresholds(recipe: TokenRecipe, schedule: Schedule, program: Program, ba
 
     Source: Wang et al., DyMU, arXiv:2504.17040, sec. 3.1.
     """
+
+    def ranked(stream: Stream, similarity: fx.Node) -> list[fx.Node]:
+        removed = stream.count - schedule.kept(stream.layer, len(stream.sites), stream.count)
+        return [stream.insert(ops.shared_threshold.default, similarity, removed)] * 2
+
+    by_layer = _edges(recipe, schedule, program, batches, ranked)
+    return [by_layer.get(layer, 2.0) for layer in range(max(by_layer) + 1)]  # 2 is above every cosine
+
+
+def threshold_counts(recipe: TokenRecipe, schedule: Schedule, program: Program, batches: Batches) -> dict[int, float]:
+    """How many tokens the thresholds of a recipe merge in each layer, mean over samples."""
+
+    def counted(stream: Stream, similarity: fx.Node) -> list[fx.Node]:
+        threshold = stream.constant("threshold", torch.tensor(recipe.select.values[stream.layer]))
+        above = stream.insert(aten.gt.Tensor, similarity, threshold)
+        merged = stream.insert(aten.sum.dim_IntList, above, [1])
+        return [threshold, merged]
+
+    return _edges(recipe, schedule, program, batches, counted)
+
+
+def _edges(
+    recipe: TokenRecipe, schedule: Schedule, program: Program, batches: Batches,
+    choose: Callable[[Stream, fx.Node], list[fx.Node]],
+) -> dict[int, float]:  # fmt: skip
+    """By layer, the mean over batches of what is chosen to be seen.
+
+    Args:
+        choose: for a place, and the similarity of each token to its best partner there: the threshold above which the
+            batch merges, and what is to be seen.
+    """
     select = recipe.select
     assert isinstance(select, Threshold), "only a threshold has thresholds"
 
     def look(stream: Stream) -> tuple[list[fx.Node], Plan]:
-        removed = stream.count - schedule.kept(stream.layer, len(stream.sites), stream.count)
-        site = stream.site()
-        metric = stream.keys(site) if select.metric == "key" else stream.rows
+        metric = stream.keys(stream.site()) if select.metric == "key" else stream.rows
         edges = stream.insert(ops.best_partners.default, metric, stream.size, stream.start, stream.stop)
-        threshold = stream.insert(ops.shared_threshold.default, stream.items(edges, 1)[0], removed)
-        return [threshold], select.masked(stream, threshold)
+        threshold, value = choose(stream, stream.items(edges, 1)[0])
+        merged = recipe.fuse.build(stream, select.masked(stream, threshold), None, False)
+        return [value], recipe.restore.build(stream, merged)
 
     seeing, seen = _observe(recipe, schedule, program, look)
     total, count = torch.zeros(len(seen)), 0
     for batch in batches:
         found = _run(seeing, batch)[-len(seen) :]
-        total += torch.stack([f.float() for f in found])
+        total += torch.stack([f.float().mean() for f in found])
         count += 1
     if not count:
         raise UsageError("there is no data to fit thresholds on")
-    by_layer = dict(zip((layer for layer, _ in seen), (total / count).tolist(), strict=True))
-    return [by_layer.get(layer, 2.0) for layer in range(max(by_layer) + 1)]  # 2 is above every cosine
+    return dict(zip((layer for layer, _ in seen), (total / count).tolist(), strict=True))
 
 
 # -- attention patterns ------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Attended:
+    """What attentions compute on data: of ``count`` in all, by number, layout, queries and keys [B, H, N, D]."""
+
+    count: int
+    operands: dict[int, tuple[Layout, Tensor, Tensor]]
 
 
 def fit_patterns(recipe: AttentionRecipe, program: Program, batches: Batches, path: Path) -> AttentionRecipe:
@@ -158,15 +192,22 @@ def fit_patterns(recipe: AttentionRecipe, program: Program, batches: Batches, pa
     Raises:
         UsageError: if there is no data, or no attention to fit.
     """
-    from safetensors.torch import save_file
+    return fit_to(recipe, attended(recipe, program, batches), path)
 
+
+def attended(recipe: AttentionRecipe, program: Program, batches: Batches) -> Attended:
+    """What the attentions compute that a recipe's patterns are fitted to.
+
+    Raises:
+        UsageError: if there is no data, or no attention to fit.
+    """
     seeing = Pipeline([FoldConstants(), RaiseAttention(), FlattenGrids()]).run(program).program
     sites = numbered_sites(seeing)
-    patterns = {i: p for i in range(len(sites)) if (p := recipe.pattern_at(i, len(sites))) is not None}
     layouts: dict[int, Layout] = {}
-    for i, pattern in patterns.items():
+    for i, site in enumerate(sites):
+        pattern = recipe.pattern_at(i, len(sites))
         try:
-            layouts |= {i: layout_of(sites[i])} if pattern.unfitted else {}
+            layouts |= {i: layout_of(site)} if pattern is not None and pattern.unfitted else {}
         except PatternRefused:
             continue
     if not layouts:
@@ -177,9 +218,18 @@ def fit_patterns(recipe: AttentionRecipe, program: Program, batches: Batches, pa
     seen = [_run(seeing, batch)[-2 * len(layouts) :] for batch in batches]
     if not seen:
         raise UsageError("there is no data to fit patterns on")
+    operands = [torch.cat([found[i].float() for found in seen]) for i in range(2 * len(layouts))]
+    pairs = zip(layouts.items(), operands[::2], operands[1::2], strict=True)
+    return Attended(len(sites), {i: (layout, query, key) for (i, layout), query, key in pairs})
+
+
+def fit_to(recipe: AttentionRecipe, seen: Attended, path: Path) -> AttentionRecipe:
+    """The recipe with its patterns fitted to what was seen; see `fit_patterns`."""
+    from safetensors.torch import save_file
+
+    patterns = {i: p for i in range(seen.count) if (p := recipe.pattern_at(i, seen.count)) is not None}
     weights: dict[str, Tensor] = {}
-    for number, (i, layout) in enumerate(layouts.items()):
-        query, key = (torch.cat([found[2 * number + operand].float() for found in seen]) for operand in (0, 1))
+    for i, (layout, query, key) in seen.operands.items():
         patterns[i], learned = _fitted(patterns[i], layout, query, key, path, i)
         weights |= {f"site{i}.{name}": value.contiguous() for name, value in learned.items()}
     if weights:

@@ -22,10 +22,12 @@ from tokenopt.budget import within
 from tokenopt.calibration import Target
 from tokenopt.cost import program_flops
 from tokenopt.data import find_preprocessing, open_data
+from tokenopt.diagnostics import inactive_heads
 from tokenopt.errors import Refusal, UsageError
 from tokenopt.fitting import fit, fit_patterns, needs_data
 from tokenopt.inspection import axis_dict, refusal_of
 from tokenopt.parity import Parity
+from tokenopt.passes.drop_layers import DropLayers
 from tokenopt.passes.flatten_grids import FlattenGrids
 from tokenopt.passes.fold_constants import FoldConstants
 from tokenopt.passes.raise_attention import RaiseAttention
@@ -129,24 +131,24 @@ def optimize(
     done()
 
     calibrated = None
-    if budget is not None and data is not None and passes is None:
-        tokens = _calibrated_recipes(recipe, settings, schedule)
-        if tokens:
-            calibrated = calibration.fit(
-                program, tokens, data, budget=budget, target=target, progress=progress or _silent, **(fitting or {})
-            )
-            recipe, schedule, settings, budget = calibrated.recipe, calibrated.schedule, None, None
-
     with tempfile.TemporaryDirectory() as scratch:
+        written = Path(weights or Path(scratch) / "scorer.safetensors")
+        if budget is not None and data is not None and passes is None:
+            found = _calibrated_recipes(recipe, settings, schedule)
+            calibrated = calibration.fit(
+                program, found, data, budget=budget, target=target, weights=written, progress=progress or _silent,
+                **(fitting or {}),
+            )  # fmt: skip
+            recipe, settings, budget = calibrated.recipe, None, None
+            schedule = calibrated.schedule if isinstance(recipe, TokenRecipe) else None
         done = stage("rewrite")
-        written = weights or Path(scratch) / "scorer.safetensors"
         steps = _steps(passes, recipe, schedule, settings, short_outputs, min_speedup)
         steps = [_fitted(s, program, data, written) for s in steps]
         canonical = Pipeline([FoldConstants(), RaiseAttention(), FlattenGrids()]).run(program)
         if budget is not None:
             steps = _budgeted(steps, Budget.parse(budget), canonical.program)
         gated: list[dict[str, Any]] = []
-        if target is not None and calibrated is None:
+        if target is not None and (calibrated is None or isinstance(recipe, AttentionRecipe)):
             steps, gated = _gated(steps, canonical.program, target)
         reducing = [s for s in steps if isinstance(s, ReduceTokens)]
         result = Pipeline(steps).run(program)
@@ -158,10 +160,10 @@ def optimize(
         done()
     if progress is not None:
         progress("check", len(stages), len(stages))
-    report.calibration = {"gate": gated} if gated else {}
     if calibrated is not None:
         report.calibration = calibrated.to_dict()
         seconds["calibrate"] = calibrated.seconds
+    report.calibration |= {"gate": gated} if gated else {}
     report.timings = {**seconds, **result.timings}
     return Result(result.program, program, report, steps)
 
@@ -170,17 +172,15 @@ def _silent(stage: str, done: int, total: int) -> None:
     """No progress."""
 
 
-def _calibrated_recipes(recipe: Any, settings: Mapping[str, Any] | None, schedule: Any) -> list[TokenRecipe]:
-    """The recipes whose schedule a budget is fitted with; none where attention has patterns or a part is to be learned.
-
-    A schedule that is given is one of the shapes to compare with.
-    """
-    found = calibration.candidates(recipe)
-    if any(isinstance(one, AttentionRecipe) or needs_data(one) for one in found):
-        return []
-    found = [one.with_settings(settings or {}) for one in found]
+def _calibrated_recipes(
+    recipe: Any, settings: Mapping[str, Any] | None, schedule: Any
+) -> list[TokenRecipe | AttentionRecipe]:
+    """The recipes that a budget is fitted with. A schedule that is given is one of the shapes to compare with."""
+    found = [one.with_settings(settings or {}) for one in calibration.candidates(recipe)]
     if schedule is None:
         return found
+    if any(isinstance(one, AttentionRecipe) for one in found):
+        raise UsageError("a pattern of attention keeps all tokens", why="it has no schedule to start from")
     return [replace(one, schedule=Schedule.parse(schedule).to_dict()) for one in found]
 
 
@@ -245,6 +245,8 @@ def learns(step: Pass) -> bool:
     """Whether a step has a part that is learned from data."""
     if isinstance(step, SparsifyAttention):
         return needs_data(step.resolved())
+    if isinstance(step, DropLayers):
+        return bool(step.inactive)
     return isinstance(step, ReduceTokens) and needs_data(step.resolved()[0])
 
 
@@ -252,26 +254,33 @@ def _fitted(step: Pass, program: Program, data: Any, weights: str | Path) -> Pas
     """A step whose recipe has learned from the data what it learns."""
     if not learns(step):
         return step
-    recipe, schedule = step.resolved() if isinstance(step, ReduceTokens) else (step.resolved(), None)
     if data is None:
-        raise UsageError(
-            f"recipe {recipe.name} learns from data, and there is none",
-            why=_learned_part(recipe),
-            hint="give inputs like those the model is for (--data PATH)",
-        )
+        what, why = _learned_part(step)
+        hint = "give inputs like those the model is for (--data PATH)"
+        raise UsageError(f"{what} learns from data, and there is none", why=why, hint=hint)
     opened = open_data(data, program.inputs, preprocessing=find_preprocessing(data, program.source, program.inputs))
     batches = (batch.inputs for batch in opened.batches(FITTED))
+    if isinstance(step, DropLayers):
+        found = inactive_heads(program, batches, step.segment, step.inactive)
+        known = [step.heads] * bool(step.heads)
+        return replace(step, heads=",".join([*known, *(f"{layer}/{head}" for layer, head in found)]), inactive=0.0)
+    recipe, schedule = step.resolved() if isinstance(step, ReduceTokens) else (step.resolved(), None)
     if isinstance(step, SparsifyAttention):
         return replace(step, pattern=None, recipe=fit_patterns(recipe, program, batches, Path(weights)), sites="all")
     return replace(step, recipe=fit(recipe, schedule, program, batches, Path(weights)), settings={})
 
 
-def _learned_part(recipe: TokenRecipe | AttentionRecipe) -> str:
-    if isinstance(recipe, AttentionRecipe):
+def _learned_part(step: Pass) -> tuple[str, str]:
+    """Who learns from data, and what."""
+    if isinstance(step, DropLayers):
+        return f"pass {step.name}", f"which heads give '{step.segment}' less than {step.inactive:g}"
+    if isinstance(step, SparsifyAttention):
+        recipe = step.resolved()
         part = next(p for p in recipe.pattern.values() if p.unfitted)
-        return f"{part}: {part.summary()}"
+        return f"recipe {recipe.name}", f"{part}: {part.summary()}"
+    recipe = step.resolved()[0]
     part = recipe.score if isinstance(recipe.score, Learned) else recipe.select
-    return f"{part.kind} '{part.name}': {part.summary()}"
+    return f"recipe {recipe.name}", f"{part.kind} '{part.name}': {part.summary()}"
 
 
 def _budgeted(steps: list[Pass], budget: Budget, program: Program) -> list[Pass]:

@@ -8,7 +8,11 @@ from typing import Any
 
 from tokenopt.errors import TokenoptError, UsageError
 
-GROUPS = ("tokenopt.passes", "tokenopt.recipes", "tokenopt.runtimes", "tokenopt.axis_rules", "tokenopt.patterns")
+GROUPS = {
+    "tokenopt.passes": "pass", "tokenopt.recipes": "recipe", "tokenopt.runtimes": "runtime",
+    "tokenopt.axis_rules": "axis rule", "tokenopt.patterns": "pattern", "tokenopt.strategies": "strategy",
+}  # fmt: skip
+"""What the entries of each group are called in messages."""
 
 
 @cache
@@ -39,9 +43,8 @@ def load(group: str, name: str) -> Any:
     """
     point = _points(group).get(name)
     if point is None:
-        kind = group.removeprefix("tokenopt.").removesuffix("s").replace("_", " ")
         raise UsageError(
-            f"there is no {kind} {name!r}", hint=f"one of: {', '.join(names(group)) or '(none installed)'}"
+            f"there is no {GROUPS[group]} {name!r}", hint=f"one of: {', '.join(names(group)) or '(none installed)'}"
         )
     return point.load()
 

@@ -74,7 +74,8 @@ class Report:
                budget: "flops=60%"; metric: of deviation; data: {samples, batch, ...}, what it was fitted on
                held_out: {samples, deviation, deviation_ci, accuracy, accuracy_dense, accuracy_ci}, on data that it was
                not fitted on; an interval is [low, high] at 95 %, accuracies are shares
-               schedule: [{site, tokens_before, tokens_after}], or a mapping as ``schedule``
+               schedule: [{site, tokens_before, tokens_after}], or a mapping as ``schedule``; of a pattern of attention
+               {keep}, the share that is seen
                sensitivity: [{site or layer, ratio, deviation}]: each layer reduced alone, to that share of its tokens
                front: [{name, kind, cost, deviation, chosen}], kind: calibrated, baseline, random or fixed; cost: share
                of the dense model's, in the budget's unit

@@ -14,7 +14,7 @@ import torch
 import yaml
 from torch import Tensor
 
-from tokenopt import __version__, calibration, runtimes
+from tokenopt import __version__, calibration, registry, runtimes
 from tokenopt.attention.pattern import parse
 from tokenopt.attention.recipe import AttentionRecipe
 from tokenopt.calibration import Target
@@ -36,6 +36,7 @@ from tokenopt.runtimes.compare import verify
 from tokenopt.runtimes.eager import EagerEngine
 from tokenopt.schedule import Budget
 from tokenopt.staging import staged
+from tokenopt.tokens.recipe import TokenRecipe
 
 Progress = Callable[[str, int, int], None]
 
@@ -188,9 +189,10 @@ class Fitting:
         keep_best: take the best where nothing meets a budget of latency.
         resume: use what was measured before, and keep what is measured.
         workers: that go through the data, see `calibration.named_workers`.
+        strategy: name of what chooses schedules; None is a search.
 
     Raises:
-        UsageError: for workers that there are none of.
+        UsageError: for workers that there are none of, and for an unknown strategy.
     """
 
     runtime: str | None = None
@@ -198,9 +200,12 @@ class Fitting:
     keep_best: bool = False
     resume: bool = True
     workers: str | None = None
+    strategy: str | None = None
 
     def __post_init__(self) -> None:
         calibration.named_workers(self.workers)
+        if self.strategy is not None:
+            registry.load("tokenopt.strategies", self.strategy)
 
     def target(self, threads: int) -> Target | None:
         return None if self.runtime is None else Target(self.runtime, threads=threads)
@@ -209,7 +214,7 @@ class Fitting:
         """Of `calibration.fit`."""
         cache = calibration.cache_folder() if self.resume else None
         options = {"metric": self.metric, "keep_best": self.keep_best, "workers": self.workers}
-        return options | {"held_out": held_out, "seed": seed, "cache": cache}
+        return options | {"held_out": held_out, "seed": seed, "cache": cache, "calibrator": self.strategy}
 
 
 @dataclass
@@ -263,6 +268,9 @@ def optimize_model(
     if passes is None and recipe is not None and (passes := _resolved_passes(recipe)) is not None:
         recipe = None
     fits = budget is not None and data.path is not None and passes is None
+    if fitting.strategy is not None and not fits:
+        raise UsageError(f"there is nothing that the strategy {fitting.strategy} could choose",
+                         hint="--budget flops=60% and --data PATH, without --passes")  # fmt: skip
     learned_from = _check_method(recipe, schedule, settings, passes, min_speedup, short_outputs)
     if fitting.workers is not None and (learned_from or not fits):
         raise UsageError("workers have nothing to do", why="they fit a budget to data", hint="--budget and --data")
@@ -357,8 +365,11 @@ def calibrate_model(
 ) -> dict[str, Any]:
     """Fits a schedule to data and writes it as JSON, which ``--schedule`` takes.
 
+    Of a recipe that gives attention a pattern it is the recipe that is fitted: ``--recipe`` takes the file.
+
     Returns:
-        What was written: ``recipe, schedule, model`` (digest), ``calibration`` (as in a report), ``data, tokenopt``.
+        What was written: ``recipe`` (its name, or what it is), ``schedule, model`` (digest), ``calibration`` (as in a
+        report), ``data, tokenopt``.
     """
     if data.path is None:
         raise UsageError("there is nothing to fit on", hint="--data PATH, inputs like those the model is for")
@@ -378,7 +389,7 @@ def calibrate_model(
     )
     rows = {"fitted": fitted, "checked": checked}
     content = {
-        "recipe": found.recipe.name,
+        "recipe": found.recipe.name if isinstance(found.recipe, TokenRecipe) else found.recipe.to_dict(),
         "schedule": found.schedule.to_dict(),
         "model": {"name": path.name, "digest": program.digest},
         "data": {"seed": data.seed, **{k: None if v is None else v.describe() for k, v in rows.items()}},

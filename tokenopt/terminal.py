@@ -112,13 +112,13 @@ def calibrated(found: dict[str, Any]) -> RenderableType:
     table = new_table("schedule", "cost", "deviation", "held out", "accuracy", right=(1, 2, 3, 4))
     fixed = held_out.get("fixed", {})
     chosen = {"name": f"chosen: {fit['fitted']['schedule']}", **fit["fitted"]}
-    points = [chosen, *(p for p in fit["front"] if p["kind"] != "calibrated" and p["recipe"] == found["recipe"])]
+    points = [chosen, *(p for p in fit["front"] if p["kind"] != "calibrated" and p["recipe"] == fit["recipe"])]
     for point in points:
         held = held_out if point is chosen else fixed.get(point["name"], {})
         numbers = (held.get("deviation"), held.get("accuracy"))
         cells = [f"{point['deviation']:.4g}", *("" if n is None else f"{n:.4g}" for n in numbers)]
         table.add_row(point["name"], f"{point['cost']:.1%}", *cells)
-    lines = [f"recipe {found['recipe']}, {fit['budget']}, deviation: {fit['metric']}"]
+    lines = [f"recipe {fit['recipe']}, {fit['budget']}, deviation: {fit['metric']}"]
     spent = (
         f"{stage.replace('_', ' ')} {e['passes']:.0f} in {e['seconds']:.1f} s" for stage, e in fit["effort"].items()
     )

@@ -129,6 +129,10 @@ class Predicted(Pattern):
     def unfitted(self) -> bool:
         return self.weights is None
 
+    def at(self, share: float) -> Predicted:
+        """Of the keys on the grid; what is learned is the same for all."""
+        return replace(self, keep=share)
+
     def lower(self, layout: Layout) -> Lowered:
         if layout.causal:
             raise Refused("a prediction for one grid does not know the past", "Routed")

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import permutations
 from math import ceil, prod
 from typing import ClassVar
@@ -40,6 +40,10 @@ class Paro(Pattern):
     @property
     def unfitted(self) -> bool:
         return True
+
+    def at(self, share: float) -> Paro:
+        """Of the blocks of keys."""
+        return replace(self, density=share)
 
     def lower(self, layout: Layout) -> Lowered:
         raise Refused("it is learned from data", "give inputs like those the model is for (--data FILE)")

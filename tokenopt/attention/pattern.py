@@ -99,6 +99,13 @@ class Pattern:
         """Whether it has to be fitted on data before it can be lowered."""
         return False
 
+    def at(self, share: float) -> Pattern | None:
+        """The pattern with the number that says how much is seen set to a share; None where there is no such number.
+
+        A larger share never sees less.
+        """
+        return None
+
     def fit(self, layout: Layout, query: Tensor, key: Tensor) -> tuple[Pattern, dict[str, Tensor]]:
         """The pattern fitted on queries and keys [B, H, N, D] of one attention, and its weights by name.
 

@@ -55,6 +55,13 @@ class AttentionRecipe:
         found = [p for where, p in self.pattern.items() if number in site_numbers(where, count)]
         return found[-1] if found else None
 
+    def at(self, share: float) -> AttentionRecipe | None:
+        """This recipe with the density of its patterns set (see `Pattern.at`); None if none of them has one."""
+        found = {where: p.at(share) for where, p in self.pattern.items()}
+        if not any(found.values()):
+            return None
+        return replace(self, pattern={where: new or self.pattern[where] for where, new in found.items()})
+
     def with_settings(self, settings: Mapping[str, Any]) -> AttentionRecipe:
         """This recipe with settings changed: ``pattern``, ``sites``, ``grid``, ``min_speedup``, or a field of its
         patterns.

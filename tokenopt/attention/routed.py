@@ -78,6 +78,10 @@ class Routed(Pattern):
     def unfitted(self) -> bool:
         return self.topk is None
 
+    def at(self, share: float) -> Routed:
+        """Of the attention: how many blocks that takes is fitted, attention by attention."""
+        return replace(self, topk=None, mass=share)
+
     def lower(self, layout: Layout) -> Lowered:
         if self.topk is None:
             raise Refused("how many blocks hold this share of the attention is learned from data", "--data, or topk=4")

@@ -3,10 +3,10 @@
 from tokenopt.calibration.price import Target, gate
 from tokenopt.calibration.problem import LAYERWISE, Evaluation, Problem, cache_folder, places
 from tokenopt.calibration.search import Calibration, Calibrator, Search, calibrate, candidates, fit
-from tokenopt.calibration.strategies import DecayCurve, Stages
+from tokenopt.calibration.strategies import DecayCurve, ExitLayer, Stages, Thresholds
 from tokenopt.calibration.workers import named_workers
 
 __all__ = [
-    "LAYERWISE", "Calibration", "Calibrator", "DecayCurve", "Evaluation", "Problem", "Search", "Stages", "Target",
-    "cache_folder", "calibrate", "candidates", "fit", "gate", "named_workers", "places",
+    "LAYERWISE", "Calibration", "Calibrator", "DecayCurve", "Evaluation", "ExitLayer", "Problem", "Search", "Stages",
+    "Target", "Thresholds", "cache_folder", "calibrate", "candidates", "fit", "gate", "named_workers", "places",
 ]  # fmt: skip

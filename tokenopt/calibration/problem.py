@@ -17,7 +17,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from tokenopt.budget import SHARES
+from tokenopt.budget import SHARES, within
 from tokenopt.calibration import metrics
 from tokenopt.calibration.price import Price
 from tokenopt.calibration.solve import RATIOS, Table
@@ -27,9 +27,9 @@ from tokenopt.errors import UsageError
 from tokenopt.loading import load_program
 from tokenopt.passes.reduce_tokens import Planner, ReduceTokens
 from tokenopt.passes.remove_dead import RemoveDead
-from tokenopt.pipeline import Pipeline, PipelineResult
+from tokenopt.pipeline import Pass, Pipeline, PipelineResult
 from tokenopt.program import Program, atomic_path
-from tokenopt.schedule import Schedule
+from tokenopt.schedule import Budget, Schedule
 from tokenopt.tokens.plan import Stream
 from tokenopt.tokens.recipe import TokenRecipe
 
@@ -59,10 +59,11 @@ class Batches:
 
 
 class Task(NamedTuple):
-    """A schedule on one batch; without the outputs of the dense program, these are computed too."""
+    """A schedule on one batch, and the pass that applies it; without the dense outputs, these are computed too."""
 
     number: int
-    schedule: Schedule
+    schedule: str
+    step: Pass
     inputs: Sequence[Tensor]
     labels: Tensor | None
     dense: Sequence[Tensor] | None
@@ -73,39 +74,38 @@ class Measurement:
     """What schedules do to the outputs of a program. It can be pickled, which needs a metric that can be imported."""
 
     program: Program
-    recipe: TokenRecipe
     metric: str
 
     def __post_init__(self) -> None:
         self._metric = metrics.get(self.metric)
-        self._programs: dict[str, PipelineResult] = {}
+        self._results: dict[str, PipelineResult] = {}
 
     def __call__(self, task: Task) -> tuple[int, Values]:
         """The number of the task, and the values of its samples."""
         dense = _run(self.program, task.inputs) if task.dense is None else task.dense
-        outputs = _run(self.rewritten(task.schedule).program, task.inputs)[: len(dense)]  # a recipe may add some
+        program = self.rewritten(task.schedule, task.step).program
+        outputs = _run(program, task.inputs)[: len(dense)]  # a recipe may add some
         return task.number, (self._metric(outputs, dense).double().tolist(), _right(outputs, task.labels))
 
-    def rewritten(self, schedule: Schedule) -> PipelineResult:
+    def rewritten(self, schedule: str, step: Pass) -> PipelineResult:
         """The last few are kept."""
-        key = str(schedule)
-        if key not in self._programs:
-            while len(self._programs) >= _KEPT_PROGRAMS:
-                self._programs.pop(next(iter(self._programs)))
-            self._programs[key] = Pipeline([ReduceTokens(self.recipe, schedule), RemoveDead()]).run(self.program)
-        return self._programs[key]
+        if schedule not in self._results:
+            while len(self._results) >= _KEPT_PROGRAMS:
+                self._results.pop(next(iter(self._results)))
+            self._results[schedule] = Pipeline([step, RemoveDead()]).run(self.program)
+        return self._results[schedule]
 
     def __reduce__(self) -> tuple[Any, ...]:
         with tempfile.TemporaryDirectory() as folder:
             content = self.program.save(Path(folder) / "program.pt2").read_bytes()
-        return _unpickled, (content, self.recipe, self.metric)
+        return _unpickled, (content, self.metric)
 
 
-def _unpickled(content: bytes, recipe: TokenRecipe, metric: str) -> Measurement:
+def _unpickled(content: bytes, metric: str) -> Measurement:
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "program.pt2"
         path.write_bytes(content)
-        return Measurement(load_program(path, trust=True), recipe, metric)  # as all else in a pickle
+        return Measurement(load_program(path, trust=True), metric)  # as all else in a pickle
 
 
 def _run(program: Program, inputs: Sequence[Tensor]) -> list[Tensor]:
@@ -152,6 +152,8 @@ class Problem:
         progress: called with (stage, done, total).
         price: what a schedule costs; operations by default.
         workers: where reduced programs run on the data; the dense one runs here.
+        weights: the file that learned weights are kept in, and that the recipe of the answer reads; None if it is to
+            learn again.
     """
 
     program: Program
@@ -162,12 +164,14 @@ class Problem:
     progress: Callable[[str, int, int], None] = field(default=lambda *_: None)
     price: Price = field(default_factory=Price)
     workers: Workers = field(default_factory=InProcess)
+    weights: Path | None = None
     passes: float = 0.0  # forward passes over the data so far
     off: float = 0.0  # what programs were found to cost more than the table says
 
     def __post_init__(self) -> None:
         self._known: dict[str, Any] = {}
         self._places: dict[int, tuple[str, int]] | None = None
+        self._steps: dict[str, Pass] = {}
         self.samples, self.depth = 0, 1
         self._digest = hashlib.sha256()
         self._look()
@@ -186,7 +190,7 @@ class Problem:
                 self._digest.update(tensor.contiguous().cpu().numpy().tobytes())
         if not self.samples:
             raise UsageError("there is nothing to calibrate on", why="the data are empty")
-        self._measurement = Measurement(self.program, self.recipe, self.metric)
+        self._measurement = Measurement(self.program, self.metric)
 
     @cached_property
     def _dense(self) -> list[list[Tensor]]:
@@ -204,6 +208,19 @@ class Problem:
     # -- schedules -----------------------------------------------------------------------------------------------
 
     @property
+    def layerwise(self) -> bool:
+        """Whether every layer has a number of its own."""
+        return self.recipe.place.name in LAYERWISE
+
+    def scaled(self, budget: Budget) -> Schedule:
+        """The recipe's own schedule, scaled to a budget: for places without layers of their own."""
+        return Schedule.parse(within(budget, self._step(Schedule.parse(self.recipe.schedule)), self.program).schedule)
+
+    def recipe_at(self, schedule: Schedule) -> Any:
+        """The recipe that is the answer where a schedule is."""
+        return self.recipe
+
+    @property
     def places(self) -> dict[int, tuple[str, int]]:
         """Layers where the recipe can reduce: the attention's name, and the tokens that can be reduced there."""
         if self._places is None:
@@ -213,7 +230,19 @@ class Problem:
 
     def reduced(self, schedule: Schedule) -> Program:
         """The program with this schedule."""
-        return self._measurement.rewritten(schedule).program
+        return self._rewritten(schedule).program
+
+    def _rewritten(self, schedule: Schedule) -> PipelineResult:
+        return self._measurement.rewritten(str(schedule), self._step_at(schedule))
+
+    def _step(self, schedule: Schedule) -> Pass:
+        return ReduceTokens(self.recipe, schedule)
+
+    def _step_at(self, schedule: Schedule) -> Pass:
+        """The pass that applies a schedule; making it may learn."""
+        if str(schedule) not in self._steps:
+            self._steps[str(schedule)] = self._step(schedule)
+        return self._steps[str(schedule)]
 
     def cost(self, schedule: Schedule) -> float:
         """Of the dense program's, in the unit of the price."""
@@ -228,7 +257,7 @@ class Problem:
         """The share that is left of the dense program's "flops" or "tokens"."""
         found, key = self._known.setdefault("counts", {}), str(schedule)
         if key not in found:
-            result = self._measurement.rewritten(schedule)
+            result = self._rewritten(schedule)
             edits = [e for e in result.edits if e.before is not None]
             outputs = self.recipe.place.outputs
             found[key] = {name: share(self.program, result.program, edits, outputs) for name, share in SHARES.items()}
@@ -268,9 +297,11 @@ class Problem:
 
         def tasks() -> Iterator[Task]:
             for number, schedule in enumerate(schedules):
+                step = self._step_at(schedule)
                 for i, (inputs, labels) in enumerate(batches):
                     if int((i + 1) * share + 1e-9) > int(i * share + 1e-9):  # all over the data: in order of classes
-                        yield Task(number, schedule, inputs, labels, kept[i] if i < len(kept) else None)
+                        dense = kept[i] if i < len(kept) else None
+                        yield Task(number, str(schedule), step, inputs, labels, dense)
 
         for _, parts in groupby(self.workers.map(self._measurement, tasks()), lambda part: part[0]):
             values: Values = [], []
@@ -278,6 +309,13 @@ class Problem:
                 values[0].extend(deviations)
                 values[1].extend(right)
             yield values
+
+    def outputs(self, schedule: Schedule) -> Iterator[tuple[list[Tensor], list[Tensor], Tensor | None]]:
+        """What the program with a schedule returns, what the dense one does, and the labels, batch by batch."""
+        program = self.reduced(schedule)
+        for i, (inputs, labels) in enumerate(self.batches):
+            dense = self._dense[i] if i < len(self._dense) else _run(self.program, inputs)
+            yield _run(program, inputs)[: len(dense)], dense, labels
 
     def accuracy(self, batches: Iterable[Batch] | None = None) -> float | None:
         """Of the dense model."""

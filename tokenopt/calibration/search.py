@@ -12,22 +12,21 @@ from dataclasses import asdict, dataclass, field, replace
 from itertools import chain, islice
 from math import exp
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, ClassVar, Protocol
 
 import numpy as np
 
-from tokenopt import recipes
-from tokenopt.budget import within
+from tokenopt import recipes, registry
+from tokenopt.budget import SHARES
+from tokenopt.calibration.learned import problem_of
 from tokenopt.calibration.price import Price, Target, gate
-from tokenopt.calibration.problem import LAYERWISE, Batches, Evaluation, Problem, alone, schedule_of
+from tokenopt.calibration.problem import Batches, Evaluation, Problem, alone, schedule_of
 from tokenopt.calibration.solve import RATIOS, Table, scaled, solve
 from tokenopt.calibration.workers import named_workers
 from tokenopt.errors import BudgetError, UsageError
-from tokenopt.fitting import needs_data
 from tokenopt.passes.flatten_grids import FlattenGrids
 from tokenopt.passes.fold_constants import FoldConstants
 from tokenopt.passes.raise_attention import RaiseAttention
-from tokenopt.passes.reduce_tokens import ReduceTokens
 from tokenopt.pipeline import Pipeline
 from tokenopt.program import Program
 from tokenopt.schedule import Budget, Schedule
@@ -64,6 +63,7 @@ class Search:
     """
 
     trials: int = TRIALS
+    wary: ClassVar[bool] = True  # a fixed schedule is taken unless a trial is surely better
 
     def schedules(self, problem: Problem, budget: float, seed: int) -> Iterator[Schedule]:
         """The solution of the table first, then trials; what leads to a known schedule is no trial."""
@@ -231,12 +231,13 @@ def fit(
     budget: str | Budget,
     held_out: Any = None,
     metric: str | None = None,
-    calibrator: Calibrator | None = None,
+    calibrator: Calibrator | str | None = None,
     target: Target | None = None,
     seed: int = 0,
     cache: Path | None = None,
     keep_best: bool = False,
     workers: str | None = None,
+    weights: Path | None = None,
     progress: Progress = lambda *_: None,
 ) -> Calibration:
     """Fits the schedule of a recipe to data under a budget.
@@ -246,19 +247,20 @@ def fit(
 
     Args:
         program: as captured, or in canonical form.
-        recipe: a name, a file or a recipe that reduces tokens; several names with commas between them, a list, or
-            "auto" for `AUTO`: the one that keeps most is chosen, those that cannot are left out.
+        recipe: a name, a file or a recipe; several names with commas between them, a list, or "auto" for `AUTO`: the
+            one that keeps most is chosen, those that cannot are left out. Parts that are learned are learned first.
         data: anything that `open_data` takes, with or without labels; read several times, a batch at a time.
         budget: "flops=60%", "tokens=60%", "latency=0.6x", "latency=4ms" or "drop=0.5%".
         held_out: data that are not fitted on, for the numbers of a report.
         metric: kl, cosine, last-token, relative, or package.module:function; what suits the outputs by default.
-        calibrator: `Search` by default.
+        calibrator: a strategy, or its name; `Search` by default.
         target: where latency counts. What does not pay there is taken back, even if that costs operations or tokens.
         seed: the same seed gives the same schedule, where latency is not measured.
         cache: folder for what was measured, so that a second budget is quick; `cache_folder` is the usual one.
         keep_best: return the best found where nothing meets a budget of latency.
         workers: "ray", or "ray:HOST:PORT" for a cluster that runs: the data, a batch at a time, are gone through on
             Ray's processes. The schedule is the same, however many there are. This process alone by default.
+        weights: where the weights of a single recipe that learns are kept (.safetensors), so that it need not again.
         progress: called with (stage, done, total).
 
     Raises:
@@ -268,12 +270,8 @@ def fit(
     """
     budget = Budget.parse(budget)
     names = candidates(recipe)
-    for one in names:
-        if not isinstance(one, TokenRecipe):
-            raise UsageError(f"recipe {one} has no schedule to calibrate", why="it gives attention a pattern")
-        if needs_data(one):
-            why = "a part of it is learned from data, for a schedule that is known"
-            raise UsageError(f"recipe {one.name} has no schedule to calibrate", why=why)
+    kinds = [problem_of(one) for one in names]
+    strategy = registry.load("tokenopt.strategies", calibrator)() if isinstance(calibrator, str) else calibrator
     canonical = Pipeline([FoldConstants(), RaiseAttention(), FlattenGrids()]).run(program).program
     if budget.metric == "latency" and target is None:
         target = Target()
@@ -282,10 +280,11 @@ def fit(
     found: list[Calibration] = []
     refused: list[BudgetError | UsageError] = []
     with named_workers(workers) as pool:
-        for one in names:
-            problem = Problem(canonical, one, batches, metric, cache, progress, workers=pool)
+        for one, kind in zip(names, kinds, strict=True):
+            kept = weights if len(names) == 1 else None
+            problem = kind(canonical, one, batches, metric, cache, progress, workers=pool, weights=kept)
             try:
-                found.append(_Fit(problem, budget, calibrator or Search(), target, seed, keep_best).run(others))
+                found.append(_Fit(problem, budget, strategy or Search(), target, seed, keep_best).run(others))
             except (BudgetError, UsageError) as error:
                 refused.append(error)
             finally:
@@ -335,13 +334,14 @@ class _Fit:
 
     def run(self, held_out: Batches | None) -> Calibration:
         problem, budget = self.problem, self.budget
-        layerwise = problem.recipe.place.name in LAYERWISE
+        layerwise, chooses = problem.layerwise, not getattr(self.calibrator, "wary", False)
+        if not layerwise and (chooses or budget.metric not in SHARES):
+            what = "chosen for by a strategy" if chooses else f"fitted to {budget}"
+            why = "it has no schedule of layers: one number is scaled to flops or tokens"
+            raise UsageError(f"recipe {problem.recipe.name} cannot be {what}", why=why)
         if layerwise:
             problem.table()
             self._spent("layers")
-        if not layerwise and budget.metric not in ("flops", "tokens"):
-            why = f"place {problem.recipe.place} has no layers to choose"
-            raise UsageError(f"recipe {problem.recipe.name} cannot be fitted to {budget}", why=why)
         latency: dict[str, Any] = {}
         rows: list[dict[str, Any]] = []
         if not layerwise:
@@ -359,7 +359,7 @@ class _Fit:
             if self.target is not None:
                 schedule, rows = self._gated(schedule)
         evaluate = problem.evaluate
-        result = Calibration(schedule, problem.recipe, budget, share, problem.metric, evaluate(schedule))
+        result = Calibration(schedule, problem.recipe_at(schedule), budget, share, problem.metric, evaluate(schedule))
         result.trials = [evaluate(self.found[key]) for key in self.trials]
         result.fixed = {name: evaluate(self.found[key]) for name, key in self.fixed.items()}
         result.sensitivity = _sensitivity(problem) if layerwise else []
@@ -411,7 +411,7 @@ class _Fit:
         self.problem.progress(f"{stage}, {self.problem.recipe.name}, best {best:.3g}", done, total)
 
     def _best(self) -> Schedule:
-        """The best trial, if it is better than the best fixed schedule by a standard error; else that one.
+        """The best trial; of a search, if it is better than the best fixed schedule by a standard error, else that.
 
         The best of many trials looks better on the data it was chosen on than it is, and the mean deviation is made by
         the few samples that are about to change their class. So schedules are compared by the roots of the deviations,
@@ -423,6 +423,8 @@ class _Fit:
         allowed = {key for key, s in self.found.items() if self._allowed(self.problem.evaluate(s))}
         least = lambda keys: min(keys, key=lambda key: (roots[key].mean(), key))  # noqa: E731
         trials, fixed = ([key for key in keys if key in allowed] for keys in (self.trials, self.fixed.values()))
+        if trials and not getattr(self.calibrator, "wary", False):  # it was asked for; fixed schedules are to compare
+            return self.found[least(trials)]
         if not trials or not fixed:
             return self.found[least(allowed or roots)]
         best, usual = least(trials), least(fixed)
@@ -439,10 +441,8 @@ class _Fit:
         return found.deviation if dense is None or found.accuracy is None else dense - found.accuracy
 
     def _only_default(self) -> None:
-        """The recipe's own schedule, scaled: for places without layers of their own."""
-        recipe = self.problem.recipe
-        step = within(self.budget, ReduceTokens(recipe, recipe.schedule), self.problem.program)
-        schedule = Schedule.parse(step.schedule)
+        """The one number that the recipe has, scaled to the budget."""
+        schedule = self.problem.scaled(self.budget)
         self.problem.price = Price(self.budget.metric)
         self.fixed = {"default": str(schedule)}
         self._tried(schedule, "fixed schedules", 1, 1)

@@ -34,15 +34,19 @@ class DropLayers(Pass):
     Attributes:
         attention, mlp: which layers, counted from 0: "all", numbers or a slice; none by default.
         heads: heads whose output becomes zero, as layer/head: "3/0,3/2,4/1".
-        segment: name of the tokens that attention and MLPs add nothing to: patch, cls, ...; all tokens by default.
+        segment: name of the tokens that attention, heads and MLPs add nothing to: patch, cls, ...; all tokens by
+            default.
         units: share of the hidden units that these MLPs keep, the first ones; by default none, and they add nothing.
-        seen: whether the others still attend to the tokens of the segment in these layers. If not, from a layer to the
-            last, the segment has left the model.
+        seen: whether the others still attend to the tokens of the segment in these layers and heads. If not, from a
+            layer to the last, the segment has left the model.
+        inactive: instead of ``heads``: those that give the segment less than this, relative to what they give the
+            others. They are found on data, see `tokenopt.diagnostics.inactive_heads`.
 
     Source: Zhang et al., Treat Visual Tokens as Text?, arXiv:2410.06169 (heads, layers and, with units=0.5, half of the
         hidden units of visual tokens: the first half, in whatever order, as in the authors' code); Wu et al.,
         Accelerating Multimodal Large Language Models via Dynamic Visual-Token Exit, arXiv:2411.19628 (with layers that
-        are fixed, and not chosen by its gates).
+        are fixed, and not chosen by its gates). What heads do not see has no share in their softmax, as in YOPO's code
+        for Qwen2-VL; in that for LLaVA it has one, and is left out behind it.
     """
 
     attention: Any = ""
@@ -51,11 +55,19 @@ class DropLayers(Pass):
     segment: str = ""
     units: float = 0.0
     seen: bool = True
+    inactive: float = 0.0
     name: ClassVar[str] = "drop-layers"
+
+    def __post_init__(self) -> None:
+        if isinstance(self.inactive, bool) or not isinstance(self.inactive, (int, float)):
+            raise UsageError(f"inactive={self.inactive!r} of {self.name} is no number", hint="inactive=0.07")
 
     def run(self, program: Program) -> PassResult:
         if not 0 <= self.units < 1:
             raise UsageError(f"units={self.units} is no share of the hidden units", hint="units=0.5")
+        if self.inactive:
+            why = "which heads are inactive is learned from data"
+            raise UsageError("drop-layers has no heads yet", why=why, hint="--data PATH, or heads=3/0,3/2")
         axes = propagate(program)
         sites = find_sites(axes)[0]
         layers = [s for s in sites if s.kind in ("self", "joint")]
@@ -67,7 +79,7 @@ class DropLayers(Pass):
         for layer, what, change in reversed(list(self._changes(editor, len(layers)))):  # the last is changed first
             site = layers[layer]
             try:
-                if what != "heads" and layer not in known:
+                if (what != "heads" or self.segment) and layer not in known:
                     found = why[site.id]
                     raise Refused(found.why, found.hint)
                 change(site, known.get(layer))
@@ -87,7 +99,8 @@ class DropLayers(Pass):
             if layer in attention:
                 yield layer, "attention", lambda site, cut: editor.drop_attention(site, cut, self.segment, self.seen)
             elif layer in heads:
-                yield layer, "heads", lambda site, cut, which=heads[layer]: editor.drop_heads(site, which)
+                yield layer, "heads", lambda site, cut, which=heads[layer]: editor.drop_heads(
+                    site, cut, which, self.segment, self.seen)  # fmt: skip
             if layer in mlp:
                 yield layer, "mlp", lambda site, cut: editor.drop_mlp(cut, self.segment, self.units)
 
@@ -136,35 +149,69 @@ class _Dropper(GraphEditor):
         rest = self._rest(after, after, dim, where)
         self._put(leave, after, self._recomputed({after: rest}, leave, where), where, own)
 
-    def drop_heads(self, site: AttentionSite, heads: set[int]) -> None:
+    def drop_heads(
+        self, site: AttentionSite, cut: StreamCut | None, heads: set[int], segment: str, seen: bool
+    ) -> None:
         node = site.node
         if site.refusal is not None:
             raise Refused(site.refusal.why, site.refusal.hint)
         if max(heads) >= site.heads or any(n.meta["val"].dim() != 4 for n in node.args[:3]):
             raise Refused(f"it has {site.heads} heads, and not {max(heads) + 1}", "")
+        where = _segment(cut, segment) if segment else None
         kept = [h for h in range(site.heads) if h not in heads]
-        if not kept:
+        if not kept and where is None:
             raise Refused("no head of it would be left", "drop the attention")
-        index = self.constant("kept_heads", torch.tensor(kept))
         places = torch.full((site.heads,), len(kept))
-        places[kept] = torch.arange(len(kept))
-        operands = list(node.args)
-        for i, operand in enumerate(operands[:4]):
+        order = kept if where is None else [*kept, *sorted(heads)]
+        places[order] = torch.arange(len(order))
+        parts = []
+        if kept:
+            operands = self._heads(site, kept)
+            parts.append(self.insert(node.prev, node.target, *operands, like=node, **node.kwargs))
+        if where is None:
+            new = self.insert(parts[0], aten.constant_pad_nd.default, parts[0], [0, 0, 0, 0, 0, 1])
+        else:
+            parts.append(self._spread(self._attention_of_rest(site, where, sorted(heads), seen), where))
+            new = self.insert(parts[-1], aten.cat.default, parts, 1)
+        self.replace(node, self.insert(new, aten.index_select.default, new, 1, self.constant("head_places", places)))
+
+    def _heads(self, site: AttentionSite, heads: list[int]) -> list[Any]:
+        """The operands of some heads of an attention; what all heads share is as it was."""
+        index = self.constant("heads", torch.tensor(heads))
+        found = list(site.node.args)
+        for i, operand in enumerate(found[:4]):
             shape = operand.meta["val"].shape if operand is not None else ()
             if len(shape) > 2 and shape[-3] == site.heads:
-                operands[i] = self.insert(node.prev, aten.index_select.default, operand, len(shape) - 3, index)
-        new = self.insert(node.prev, node.target, *operands, like=node, **node.kwargs)
-        padded = self.insert(new, aten.constant_pad_nd.default, new, [0, 0, 0, 0, 0, 1])
-        order = self.constant("head_places", places)
-        self.replace(node, self.insert(padded, aten.index_select.default, padded, 1, order))
+                before = site.node.prev
+                found[i] = self.insert(before, aten.index_select.default, operand, len(shape) - 3, index)
+        return found
 
-    def _attention_of_rest(self, site: AttentionSite, where: Segment) -> fx.Node:
-        """The attention with the queries beside the segment only."""
+    def _spread(self, rest: fx.Node, where: Segment) -> fx.Node:
+        """The output of heads for the tokens beside a segment, with zeros for those of it."""
+        before = self.insert(rest, aten.slice.Tensor, rest, 2, 0, where.start)
+        before = self.insert(before, aten.constant_pad_nd.default, before, [0, 0, 0, where.length])
+        after = self.insert(before, aten.slice.Tensor, rest, 2, where.start, rest.meta["val"].shape[2])
+        return self.insert(after, aten.cat.default, [before, after], 2)
+
+    def _attention_of_rest(
+        self, site: AttentionSite, where: Segment, heads: list[int] | None = None, seen: bool = True
+    ) -> fx.Node:
+        """The attention, or some heads of it, with the queries beside the segment only.
+
+        Args:
+            seen: whether they see the keys of the segment.
+        """
         node = site.node
-        query, key, value, bias, *others = (*node.args, None)
+        query, key, value, bias, *others = (*(node.args if heads is None else self._heads(site, heads)), None)
         options = dict(node.kwargs)
         rows = self._rest(node.prev, query, query.meta["val"].dim() - 2, where)
-        if options.pop("is_causal", False):
+        if not seen:
+            key, value = (self._rest(node.prev, n, n.meta["val"].dim() - 2, where) for n in (key, value))
+            if bias is not None and bias.meta["val"].shape[-1] == site.keys:
+                bias = self._rest(node.prev, bias, bias.meta["val"].dim() - 1, where)
+            if others and others[0] is not None:  # one per key, as sizes of merged tokens
+                others[0] = self._rest(node.prev, others[0], 1, where)
+        if seen and options.pop("is_causal", False):
             if bias is not None:
                 raise Refused("it is causal, and has a mask besides", "")
             causal = torch.ones(site.queries, site.keys, dtype=torch.bool).tril()
