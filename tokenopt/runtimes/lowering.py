@@ -26,31 +26,52 @@ _FLOOR = 40.0  # below the largest logit of a row
 _ATTENTION_OPSET = 23  # the first with an attention node
 
 
-def lower(program: Program, opset: int, floor: bool = True, named: bool = True) -> Program:
-    """A copy of the program in the operations that can be exported to this opset. Weights are shared.
+def lower(program: Program, opset: int, floor: bool = True, named: bool = True) -> ExportedProgram:
+    """A copy of the program for the exporter, in the operations that can be exported to this opset. Weights are shared.
 
     Args:
-        floor, named: see `decompose`.
+        floor, named: see `for_exporter`.
     """
     lowered = program.clone()
     _freeze(lowered)
     _squeeze_ones(lowered.graph)
     _keep_tensor_outputs(lowered)
     remove_dead(lowered)
-    lowered = Program(decompose(lowered.exported, opset, floor, named))
-    _join_columns(lowered)
-    return lowered
+    return for_exporter(lowered.exported, opset, floor, named)
 
 
-def decompose(exported: ExportedProgram, opset: int, floor: bool = True, named: bool = True) -> ExportedProgram:
-    """In operations that the exporter writes, and writes right.
+def for_exporter(exported: ExportedProgram, opset: int, floor: bool = True, named: bool = True) -> ExportedProgram:
+    """Changes how a program decomposes: to operations that the exporter writes, and writes right.
+
+    The exporter decomposes what it is given. Ours are done in the same pass: tracing is most of the time of an export.
 
     Args:
         floor: lift hidden logits to a little below the largest of their row: the exponential of what is far below is a
             denormal number in ONNX Runtime, and its softmax several times slower. e^-40 of a probability is nothing.
         named: attention with a pattern stays one node of its name; else it is decomposed, and added masks hide pairs.
     """
-    return exported.run_decompositions(_table(opset, floor, named))
+    decompose = exported.run_decompositions
+
+    def run_decompositions(table: dict[Any, Callable[..., Any]]) -> ExportedProgram:
+        ours = {target: _first(rule, table.get(target)) for target, rule in _table(opset, floor, named).items()}
+        program = Program(decompose({**table, **ours}))
+        _join_columns(program)
+        return program.exported
+
+    exported.run_decompositions = run_decompositions
+    return exported
+
+
+def _first(rule: Callable[..., Any], otherwise: Callable[..., Any] | None) -> Callable[..., Any]:
+    """A rule, and another one for what it leaves."""
+    if otherwise is None:
+        return rule
+
+    def decompose(*args: Any, **kwargs: Any) -> Any:
+        result = rule(*args, **kwargs)
+        return otherwise(*args, **kwargs) if result is NotImplemented else result
+
+    return decompose
 
 
 def _freeze(program: Program) -> None:
