@@ -22,7 +22,7 @@ demo: $(OUT)/digits.pt
 	    --data $(OUT)/digits-test.npz --batch 1,8,32 -o $(OUT)/optimized
 
 test: lint
-	OMP_NUM_THREADS=1 $(BIN)/pytest -n $(WORKERS) --dist loadgroup
+	OMP_NUM_THREADS=1 $(BIN)/pytest -n $(WORKERS) --dist worksteal
 
 lint: $(STAMP)
 	$(BIN)/ruff check .

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 from typing import Any
 
@@ -165,4 +166,6 @@ def test_every_recipe_has_a_row() -> None:
 def test_the_readme_lists_every_recipe() -> None:
     text = (Path(__file__).parent.parent / "README.md").read_text(encoding="utf-8")
     for row in recipe_rows():
-        assert f"| `{row['name']}` | {row['place']} | {row['summary']} |" in text
+        found = re.search(r"arXiv:\d+\.\d+(v\d)?", row["paper"])
+        paper = found[0] if found else ""
+        assert f"| `{row['name']}` | {row['place']} | {row['summary']} | {paper} |" in text

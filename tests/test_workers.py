@@ -25,7 +25,6 @@ from tokenopt.calibration import workers as workers_module
 from tokenopt.errors import TokenoptError, UsageError
 from tokenopt.program import Program, capture
 
-ON_RAY = pytest.mark.xdist_group("ray")  # one cluster for all
 KILLED = "TOKENOPT_TEST_KILLED"  # a file, in the environment of the cluster alone
 
 
@@ -98,7 +97,6 @@ def death(number: int) -> None:
 # -- Ray ---------------------------------------------------------------------------------------------------------------
 
 
-@ON_RAY
 def test_a_fit_with_a_killed_worker_is_that_of_one_process(
     killed: Path, program: Program, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -113,7 +111,6 @@ def test_a_fit_with_a_killed_worker_is_that_of_one_process(
     assert ray.is_initialized()  # who started it shuts it down
 
 
-@ON_RAY
 def test_errors_of_workers_arrive_as_they_are(killed: Path, program: Program) -> None:
     with pytest.raises(UsageError) as refusal:
         fit(program, "refused", workers="ray")
@@ -125,7 +122,6 @@ def test_errors_of_workers_arrive_as_they_are(killed: Path, program: Program) ->
     assert type(failure.value) is RuntimeError and "broken" in str(failure.value.__cause__)
 
 
-@ON_RAY
 def test_answers_are_in_order_and_items_read_as_needed(killed: Path) -> None:
     read = []
     with calibration.named_workers("ray") as pool:
@@ -134,7 +130,6 @@ def test_answers_are_in_order_and_items_read_as_needed(killed: Path) -> None:
         assert list(answers) == [n**2 for n in range(1, 9)]
 
 
-@ON_RAY
 def test_ctrl_c_ends_what_workers_do(killed: Path) -> None:
     with calibration.named_workers("ray") as pool:
         start = time.monotonic()
@@ -145,7 +140,6 @@ def test_ctrl_c_ends_what_workers_do(killed: Path) -> None:
         assert time.monotonic() - start < 60
 
 
-@ON_RAY
 def test_workers_that_always_die_are_an_error(killed: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(workers_module, "_RETRIES", 0)
     with calibration.named_workers("ray") as pool, pytest.raises(TokenoptError, match="workers died"):

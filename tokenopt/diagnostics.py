@@ -43,7 +43,7 @@ def diagnose(program: Program, batches: Iterable[Sequence[Tensor]]) -> dict[str,
         A report's ``diagnostics`` (see `Report`); {} where nothing attends among tokens of the input.
 
     Source: entropy: Ge et al., CARVE (contrastive attention); row_similarity: Guo et al., Robustifying Token Attention
-        for Vision Transformers, arXiv:2303.11126, eq. 6; redundancy: Wang et al., Qihoo-T2X, arXiv:2409.04005, sec. 3;
+        for Vision Transformers, arXiv:2303.11126; redundancy: Wang et al., Qihoo-T2X, arXiv:2409.04005;
         between: ToDRE, arXiv:2505.18757, stage 2; intra, inter and flow: AdaToken-3D, with its weights 0.7, 0.3; 0.73;
         0.4, 0.3, 0.3. head_diversity is the Jensen-Shannon divergence of the heads' rows over ln(heads).
     """
@@ -85,7 +85,7 @@ def sinks(
         share of the attention that these receive; and the share of sinks among the ``top`` most attended tokens. A
         high overlap says that a score by attention keeps sinks.
 
-    Source: Kang et al., See What You Are Told, arXiv:2503.03321, sec. 4; Gong et al., DAMRO, arXiv:2410.04514.
+    Source: Kang et al., See What You Are Told, arXiv:2503.03321; Gong et al., DAMRO, arXiv:2410.04514.
     """
     seeing = Pipeline([FoldConstants(), RaiseAttention(), FlattenGrids()]).run(program).program
     axes = propagate(seeing)

@@ -115,7 +115,7 @@ def fit_thresholds(recipe: TokenRecipe, schedule: Schedule, program: Program, ba
     In each layer the edges of all samples of a batch are ranked together, the threshold is the similarity of the last
     one that merges, and the batch goes on with what it merges; thresholds are averaged over batches.
 
-    Source: Wang et al., DyMU, arXiv:2504.17040, sec. 3.1.
+    Source: Wang et al., DyMU, arXiv:2504.17040.
     """
 
     def ranked(stream: Stream, similarity: fx.Node) -> list[fx.Node]:

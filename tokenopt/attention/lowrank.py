@@ -27,8 +27,8 @@ class PooledKV(Pattern):
         near: what is seen beside the pooled keys: ``Neighborhood(3, border="truncate")`` in TransNeXt.
         size_bias: adds the logarithm of how many tokens a pooled key stands for to its logits.
 
-    Source: Wang et al., Pyramid Vision Transformer, arXiv:2102.12122, sec. 3.3 (pooled keys); Shi, TransNeXt,
-        arXiv:2311.17132 (with a window); Bolya et al., Token Merging, arXiv:2210.09461, sec. 3.2 (size bias).
+    Source: Wang et al., Pyramid Vision Transformer, arXiv:2102.12122 (pooled keys); Shi, TransNeXt,
+        arXiv:2311.17132 (with a window); Bolya et al., Token Merging, arXiv:2210.09461 (size bias).
     """
 
     stride: Sizes
@@ -79,7 +79,7 @@ class Agent(Pattern):
         power: of the scale in the second softmax, k_scale2 in AgentSD.
         shortcut: share of a token's own value that is added, k_shortcut in AgentSD.
 
-    Source: Han et al., Agent Attention, arXiv:2312.08874, sec. 4.
+    Source: Han et al., Agent Attention, arXiv:2312.08874.
     """
 
     agents: Sizes

@@ -236,7 +236,7 @@ class Radial(Mask):
         width: the window of near frames, as a share of a frame.
         sink: so many first frames are seen by all.
 
-    Source: Li et al., Radial Attention, arXiv:2506.19852, sec. 4.2.
+    Source: Li et al., Radial Attention, arXiv:2506.19852.
     """
 
     width: float = 1.0

@@ -128,7 +128,7 @@ def agent_attention(
              power: of the scale in the second softmax; below 1 it is sharper. AgentSD: 0.3.
              shortcut: share of the values that is added. AgentSD: 0.075.
              scale defaults to D ** -0.5.
-    Source:  Han et al., Agent Attention, arXiv:2312.08874, sec. 4, and its training-free form for diffusion.
+    Source:  Han et al., Agent Attention, arXiv:2312.08874, and its training-free form for diffusion.
     """
     scale = query.shape[-1] ** -0.5 if scale is None else scale
     stop = start + prod(grid)

@@ -43,7 +43,7 @@ def block_route(
              ->  int64 [B, h, T, topk], best first; h is H for heads="each", else 1
     Args:    heads: "joint" compares all channels at once, "mean" the means of the heads, "each" every head by itself.
              pool: the "mean" of a block, or that times the square root of its "length".
-    Source:  Zhu et al., BiFormer, arXiv:2303.08810, eq. 3 to 5 (joint, mean); Xiong et al., DHSA (mean, length).
+    Source:  Zhu et al., BiFormer, arXiv:2303.08810 (joint, mean); Xiong et al., DHSA (mean, length).
     """
     q, k = _pooled(query, queries, pool), _pooled(key, keys, pool)
     if heads == "joint":
@@ -208,7 +208,7 @@ def predict_route(
     Shapes:  query, key [B, H, N, D] · queries int64 [T, Q] · keys int64 [S, 1] · query_weight, key_weight [D, P] ·
              project [S, R] · basis [R, S], not negative  ->  int64 [B, H, T, topk], best first
     Args:    coefficients: of so many rows of the basis, the largest, a query's attention is the sum.
-    Source:  Wei et al., Sparsifiner, arXiv:2303.13755, sec. 3.2: coefficients softmax(s (q W_q) (k W_k)^T P), their
+    Source:  Wei et al., Sparsifiner, arXiv:2303.13755: coefficients softmax(s (q W_q) (k W_k)^T P), their
              largest, times a basis; s is H ** -0.5 as in the authors' code.
     """
     q, k = _blocks(query, queries).flatten(2, 3) @ query_weight, key.index_select(2, keys[:, 0]) @ key_weight
@@ -293,7 +293,7 @@ def sorted_places(key: Tensor, centres: Tensor, start: int, stop: int) -> Tensor
     """Where each token goes if those in [start, stop) are sorted by the centre nearest to their key; ties keep order.
 
     Shapes:  key [B, H, N, D] · centres [m, H D], of unit length  ->  int64 [B, N]
-    Source:  Liu et al., CATANet, arXiv:2503.06896, eq. 3 and 4.
+    Source:  Liu et al., CATANet, arXiv:2503.06896.
     """
     tokens = key[:, :, start:stop].transpose(1, 2).flatten(2)
     nearest = (tokens @ centres.T).argmax(-1, keepdim=True)  # by cosine: the length of a key changes no order

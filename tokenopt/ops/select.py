@@ -69,8 +69,8 @@ def match_partition(
     Shapes:  metric [B, N, D] · sources [B or 1, RA] · targets [B or 1, RB], disjoint positions in [start, stop)
              ->  index [B, N - r] · src [B, r], best first · dst [B, r]
     Args:    r: tokens to remove, 0 <= r <= RA.
-    Source:  Bolya and Hoffman, Token Merging for Fast Stable Diffusion, arXiv:2303.17604, sec. 3 (a target per cell);
-             Tran et al., PiToMe, arXiv:2405.16148, sec. 3 (sources and targets by energy).
+    Source:  Bolya and Hoffman, Token Merging for Fast Stable Diffusion, arXiv:2303.17604 (a target per cell);
+             Tran et al., PiToMe, arXiv:2405.16148 (sources and targets by energy).
     """
     if r == 0:
         index, none = _everything(metric)
@@ -92,7 +92,7 @@ def partition_energy(energy: Tensor, r: int, start: int, stop: int) -> tuple[Ten
 
     Shapes:  energy [B, N]  ->  sources [B, r] · targets [B, r], positions in the sequence
     Args:    r: at most half of [start, stop).
-    Source:  Tran et al., PiToMe, arXiv:2405.16148, algorithm 1.
+    Source:  Tran et al., PiToMe, arXiv:2405.16148.
     """
     ranked = (_best(energy[:, start:stop].float(), 2 * r) + start).unflatten(1, (r, 2))
     return ranked[:, :, 0], ranked[:, :, 1]
@@ -103,7 +103,7 @@ def select_rows(score: Tensor, rows: int, h: int, w: int, start: int, stop: int)
     """Keeps the image rows of highest mean score, whole.
 
     Shapes:  score [B, N], h * w of them in [start, stop)  ->  index [B, N - (h - rows) * w] · src [B, (h - rows) * w]
-    Source:  Jiang et al., FoPru, arXiv:2411.14164, sec. 3 (row pruning).
+    Source:  Jiang et al., FoPru, arXiv:2411.14164 (row pruning).
     """
     mean = score[:, start:stop].float().unflatten(1, (h, w)).mean(-1)
     best, rest, _ = _split(_mark(_best(mean, rows), mean), rows, 0, h, h)
@@ -143,8 +143,8 @@ def select_farthest(
              k: at least 1. k - 1 steps.
              max_sum: how similar a token is to those chosen: the sum of its similarities, or else their maximum.
     Memory:  float32 [B, n, n].
-    Source:  Alvar et al., DivPrune, arXiv:2503.02175, algorithm 1 (maximum, no pivot); Li et al., ToDRE,
-             arXiv:2505.18757, sec. 3 (v1: maximum, v2: sum; the pivot has the largest class attention).
+    Source:  Alvar et al., DivPrune, arXiv:2503.02175 (maximum, no pivot); Li et al., ToDRE,
+             arXiv:2505.18757 (v1: maximum, v2: sum; the pivot has the largest class attention).
     """
     if k == stop - start:
         return _everything(metric)
@@ -176,8 +176,8 @@ def select_dpp(metric: Tensor, relevance: Tensor | None, k: int, start: int, sto
     Args:    relevance: r is (relevance - min + 1e-6) / (max - min), over the segment of each sample; None is all ones.
              k: steps. Beyond the rank of the kernel, which is at most D, determinants are zero, and rounding decides.
     Memory:  float32 [B, n, n + k].
-    Source:  Chen et al., Fast greedy MAP inference for determinantal point processes, arXiv:1709.05135, algorithm 1;
-             Zhang et al., CDPruner, arXiv:2506.10967, sec. 3.
+    Source:  Chen et al., Fast greedy MAP inference for determinantal point processes, arXiv:1709.05135;
+             Zhang et al., CDPruner, arXiv:2506.10967.
     """
     if k == stop - start:
         return _everything(metric)
@@ -222,7 +222,7 @@ def select_diverse(
     Args:    important: how many are kept for their score, at most k.
              step: about (n - k) / step steps.
     Memory:  float32 [B, n, n].
-    Source:  Zhang et al., VisPruner, arXiv:2412.01818, sec. 3 and the official code.
+    Source:  Zhang et al., VisPruner, arXiv:2412.01818v2, and the official code.
     """
     if k == stop - start:
         return _everything(metric)
@@ -258,7 +258,7 @@ def select_contextual(
              tokens alone; R = n - dominant - contextual
     Args:    dominant: kept for their score.
              contextual: of the rest, in order, every (n - dominant) // contextual-th; at least 1, if anything is left.
-    Source:  Yang et al., VisionZip, arXiv:2412.04467, sec. 3 and algorithm 1.
+    Source:  Yang et al., VisionZip, arXiv:2412.04467.
     """
     rest = stop - start - dominant
     if rest == contextual:
@@ -289,7 +289,7 @@ def select_cells(
     Shapes:  score [B, N], grid[0] * grid[1] of them in [start, stop)  ->  index [B, N - R] · src [B, R] · dst [B, R];
              R = n - k - cells
     Args:    cell: side of a cell in tokens; cells at the right and lower edges may be smaller.
-    Source:  Yang et al., VFlowOpt, arXiv:2508.05211, sec. 3 (recycling), with a fixed number of cells.
+    Source:  Yang et al., VFlowOpt, arXiv:2508.05211 (recycling), with a fixed number of cells.
     """
     (h, w), down, across = grid, -(-grid[0] // cell), -(-grid[1] // cell)
     cells, inside = down * across, cell * cell
@@ -348,7 +348,7 @@ def cluster_density(metric: Tensor, k: int, neighbours: int, start: int, stop: i
 
     Shapes:  metric [B, N, D]  ->  index [B, N - n + k] · src [B, n - k] · dst [B, n - k]
     Memory:  float32 [B, n, n].
-    Source:  Zeng et al., TCFormer, arXiv:2204.08680, sec. 3.2, eqs. 2 and 3; Du et al., 2016 (DPC-kNN).
+    Source:  Zeng et al., TCFormer, arXiv:2204.08680; Du et al., 2016 (DPC-kNN).
     """
     n, total = stop - start, metric.shape[1]
     x = metric[:, start:stop].float()

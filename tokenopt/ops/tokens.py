@@ -46,7 +46,7 @@ def match_bipartite(metric: Tensor, r: int, start: int, stop: int) -> tuple[Tens
     Shapes:  metric [B, N, D]  ->  index [B, N - r] · src [B, r] · dst [B, r]
     Args:    r: tokens to remove, at most the even positions in [start, stop).
     The kept order is: protected head, unmerged A ascending, B ascending, protected tail.
-    Source:  Bolya et al., Token Merging, arXiv:2210.09461, sec. 3 and appendix D.
+    Source:  Bolya et al., Token Merging, arXiv:2210.09461.
     """
     total = metric.shape[1]
     kernel = native("match_bipartite", metric)
@@ -90,7 +90,7 @@ def merge_tokens(
     Shapes:  x [B, N, C] · weight [B, N] > 0 (None is ones) · a plan  ->  y [B, M, C] · total [B, M], summed weights,
              float32 for half-precision x
     Equals:  (x, weight) where the plan removes nothing.
-    Source:  Bolya et al., arXiv:2210.09461, sec. 3 (weights are sizes); Liang et al., EViT, arXiv:2202.07800, eq. 4
+    Source:  Bolya et al., arXiv:2210.09461 (weights are sizes); Liang et al., EViT, arXiv:2202.07800
              (weights are attention, not normalised).
     """
     if kernel := native("merge_tokens", x, weight, index, src, dst):
@@ -200,7 +200,7 @@ def match_threshold(
     Shapes:  metric [B, N, D] · size [B, N] (None is ones) · threshold []  ->  index int64 [B, N] · assign [B, n, n] ·
              spread [B, n, n] · size [B, N], 0 for places that hold nothing; n = stop - start
     The order is that of match_bipartite: protected head, unmerged A ascending, B ascending, nothing, protected tail.
-    Source:  Wang et al., DyMU, arXiv:2504.17040, sec. 3.1 (DToMe).
+    Source:  Wang et al., DyMU, arXiv:2504.17040 (DToMe).
     """
     best, partner = best_partners(metric, size, start, stop)
     count, offset = stop - start, start % 2
@@ -228,7 +228,7 @@ def shared_threshold(similarity: Tensor, r: int) -> Tensor:
     """The similarity below which edges do not merge if, of all samples together, r per sample do: []
 
     Shapes:  similarity [B, A]  ->  float32 [], at least 0
-    Source:  Wang et al., DyMU, arXiv:2504.17040, eq. 3.
+    Source:  Wang et al., DyMU, arXiv:2504.17040.
     """
     ranked = similarity.flatten().float().sort(descending=True).values
     last = (torch.ones_like(similarity[:, 0], dtype=torch.int64).sum() * r).clamp_max(ranked.shape[0] - 1)

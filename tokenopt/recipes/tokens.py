@@ -193,7 +193,7 @@ def _output(name: str, summary: str, paper: str, keep: float = 0.25, **parts: ob
 FASTERVLM = _output(
     "fastervlm",
     "keeps the encoder's output features that the class token attends to at one layer, in raster order",
-    "Zhang et al., [CLS] Attention is All You Need for Training-Free Visual Token Pruning, arXiv:2412.01818",
+    "Zhang et al., [CLS] Attention is All You Need for Training-Free Visual Token Pruning, arXiv:2412.01818v1",
     score="cls_row",
     select="topk",
 )

@@ -27,26 +27,28 @@ _FLOOR = 40.0  # below the largest logit of a row
 _ATTENTION_OPSET = 23  # the first with an attention node
 
 
-def lower(program: Program, opset: int, floor: bool = True, named: bool = True, plugins: bool = False) -> Program:
-    """A copy of the program in the operations that can be exported to this opset. Weights are shared.
+def lower(
+    program: Program, opset: int, floor: bool = True, named: bool = True, plugins: bool = False
+) -> ExportedProgram:
+    """A copy of the program for the exporter, in the operations that can be exported to this opset. Weights are shared.
 
     Args:
-        floor, named, plugins: see `decompose`.
+        floor, named, plugins: see `for_exporter`.
     """
     lowered = program.clone()
     _freeze(lowered)
     _squeeze_ones(lowered.graph)
     _keep_tensor_outputs(lowered)
     remove_dead(lowered)
-    lowered = Program(decompose(lowered.exported, opset, floor, named, plugins))
-    _join_columns(lowered)
-    return lowered
+    return for_exporter(lowered.exported, opset, floor, named, plugins)
 
 
-def decompose(
+def for_exporter(
     exported: ExportedProgram, opset: int, floor: bool = True, named: bool = True, plugins: bool = False
 ) -> ExportedProgram:
-    """In operations that the exporter writes, and writes right.
+    """Changes how a program decomposes: to operations that the exporter writes, and writes right.
+
+    The exporter decomposes what it is given. Ours are done in the same pass: tracing is most of the time of an export.
 
     Args:
         floor: lift hidden logits to a little below the largest of their row: the exponential of what is far below is a
@@ -54,10 +56,30 @@ def decompose(
         named: attention with a pattern stays one node of its name; else it is decomposed, and added masks hide pairs.
         plugins: attention in windows is one node, which only TensorRT with `plugins.write_plugins` knows.
     """
-    table = _table(opset, floor, named)
+    decompose, rules = exported.run_decompositions, _table(opset, floor, named)
     if plugins:
-        table[torch.ops.tokenopt.neighborhood_attention.default] = plugin_node
-    return exported.run_decompositions(table)
+        rules[torch.ops.tokenopt.neighborhood_attention.default] = plugin_node
+
+    def run_decompositions(table: dict[Any, Callable[..., Any]]) -> ExportedProgram:
+        ours = {target: _first(rule, table.get(target)) for target, rule in rules.items()}
+        program = Program(decompose({**table, **ours}))
+        _join_columns(program)
+        return program.exported
+
+    exported.run_decompositions = run_decompositions
+    return exported
+
+
+def _first(rule: Callable[..., Any], otherwise: Callable[..., Any] | None) -> Callable[..., Any]:
+    """A rule, and another one for what it leaves."""
+    if otherwise is None:
+        return rule
+
+    def decompose(*args: Any, **kwargs: Any) -> Any:
+        result = rule(*args, **kwargs)
+        return otherwise(*args, **kwargs) if result is NotImplemented else result
+
+    return decompose
 
 
 def _freeze(program: Program) -> None:

@@ -15,7 +15,7 @@ from torch import Tensor
 from tokenopt.errors import LoweringError, UsageError
 from tokenopt.program import Program
 from tokenopt.runtimes.base import Capabilities, Engine, replacing
-from tokenopt.runtimes.lowering import decompose, lower
+from tokenopt.runtimes.lowering import for_exporter, lower
 from tokenopt.runtimes.onnx_functions import DOMAIN, add_functions
 
 if TYPE_CHECKING:
@@ -107,7 +107,7 @@ def write(
         if plugins:
             model.opset_imports[DOMAIN] = 1
         else:
-            add_functions(model, opset, lambda body: _write(decompose(body, opset, floor, named=False), opset))
+            add_functions(model, opset, lambda body: _write(for_exporter(body, opset, floor, named=False), opset))
         size = sum(value.const_value.nbytes for value in model.graph.initializers.values())
         ir.save(model, path, external_data=data_name(path) if size > INLINE_LIMIT else None)
     try:
@@ -120,7 +120,7 @@ def _translate(program: Program, opset: int, floor: bool, named: bool, plugins: 
     """The program as a model of onnx_ir."""
     try:
         names = {"input_names": [s.name for s in program.inputs], "output_names": [s.name for s in program.outputs]}
-        model = _write(lower(program, opset, floor, named, plugins).exported, opset, **names)
+        model = _write(lower(program, opset, floor, named, plugins), opset, **names)
     except Exception as error:  # the exporter wraps whatever its converters raise
         causes = [error]
         while causes[-1].__cause__ is not None:

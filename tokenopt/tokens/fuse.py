@@ -107,7 +107,7 @@ class Neighbours(Fuse, name="neighbours"):
     Args:
         count: how many each takes in.
         metric: by what they are compared.
-    Source: Shang et al., LLaVA-PruMerge, arXiv:2403.15388, algorithm 1.
+    Source: Shang et al., LLaVA-PruMerge, arXiv:2403.15388.
     """
 
     count: int = 32
@@ -132,7 +132,7 @@ class Neighbours(Fuse, name="neighbours"):
 class Pack(Fuse, name="pack"):
     """all of them become one more token, summed with their scores as weights
 
-    Source: Liang et al., EViT, arXiv:2202.07800, eq. 4.
+    Source: Liang et al., EViT, arXiv:2202.07800.
     """
 
     takes = ("",)

@@ -47,7 +47,7 @@ class Virtual(Restore, name="virtual"):
 
     For what follows with rotary positions, such as a decoder: its linear layers and norms run on the merged tokens.
 
-    Source: Wang et al., DyMU, arXiv:2504.17040, sec. 3.2 (virtual token unmerging, the practical form).
+    Source: Wang et al., DyMU, arXiv:2504.17040 (virtual token unmerging, the practical form).
     """
 
 
@@ -77,7 +77,7 @@ class Zero(Restore, name="zero"):
 class Canvas(Restore, name="canvas"):
     """each keeps the features that it had when it was removed, as a finished token keeps what it said
 
-    Source: Tang et al., Dynamic Token Pruning in Plain Vision Transformers, arXiv:2308.01045, sec. 3.2.
+    Source: Tang et al., Dynamic Token Pruning in Plain Vision Transformers, arXiv:2308.01045.
     """
 
     ends = True

@@ -120,7 +120,7 @@ class SentMass(Score, name="sent_mass"):
 class SinkRows(Score, name="sink_rows"):
     """what the attention sinks attend to: the rows of the tokens that receive more than ``threshold`` times the mean
 
-    Source: Yang et al., VFlowOpt, arXiv:2508.05211, sec. 3.2. If no token receives so much, the one that receives most.
+    Source: Yang et al., VFlowOpt, arXiv:2508.05211. If no token receives so much, the one that receives most.
     """
 
     layer: int | float | None = None
@@ -212,7 +212,7 @@ class Energy(Score, name="energy"):
     The margin is ``margin`` (1 - depth): 0.9 in the first layer. ``shifted`` subtracts the margin from similarities
     above it, as the official code does and the paper does not.
 
-    Source: Tran et al., Accelerating Transformers with Spectrum-Preserving Token Merging, arXiv:2405.16148, eq. 4.
+    Source: Tran et al., Accelerating Transformers with Spectrum-Preserving Token Merging, arXiv:2405.16148.
     """
 
     margin: float = 0.9
@@ -234,7 +234,7 @@ class Transition(Score, name="transition"):
 
     ``absolute`` takes the size of the cosine, as the paper does; the official code takes the cosine.
 
-    Source: Li et al., TransPrune, arXiv:2507.20630, eqs. 3 to 6.
+    Source: Li et al., TransPrune, arXiv:2507.20630.
     """
 
     since: float = 0.0
@@ -337,7 +337,7 @@ class Text(Score, name="text"):
 class Foreground(Score, name="ncut"):
     """on which side of a normalised cut of the keys a token lies: the foreground is positive
 
-    Source: Wang et al., TokenCut, arXiv:2209.00383, sec. 3; the eigenvector by ``iterations`` of power iteration.
+    Source: Wang et al., TokenCut, arXiv:2209.00383; the eigenvector by ``iterations`` of power iteration.
     """
 
     layer: int | float | None = None
@@ -383,7 +383,7 @@ class WithoutSinks(Score, name="without_sinks"):
     Args:
         threshold: a token is a sink if one of its features exceeds this many times their root mean square.
         dims: the features to look at; all by default. `tokenopt.diagnostics.sinks` finds them on data.
-    Source: Kang et al., See What You Are Told, arXiv:2503.03321, eq. 3; what to do with them: DAMRO, arXiv:2410.04514.
+    Source: Kang et al., See What You Are Told, arXiv:2503.03321; what to do with them: DAMRO, arXiv:2410.04514.
     """
 
     of: Score = field(default_factory=ClassRow)

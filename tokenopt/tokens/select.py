@@ -185,7 +185,7 @@ class Diverse(Select, name="diverse"):
     Args:
         share: of the kept tokens that are chosen by score.
         step: how many near-duplicates go at once.
-    Sequential: (removed / step) rounds. Source: Zhang et al., VisPruner, arXiv:2412.01818.
+    Sequential: (removed / step) rounds. Source: Zhang et al., VisPruner, arXiv:2412.01818v2.
     """
 
     share: float = 0.5
@@ -250,7 +250,7 @@ class Determinantal(Select, name="dpp"):
 class Bipartite(Select, name="bipartite"):
     """even positions go to their most similar odd position, the best pairs first
 
-    Source: Bolya et al., Token Merging, arXiv:2210.09461, sec. 3.
+    Source: Bolya et al., Token Merging, arXiv:2210.09461.
     """
 
     metric: str = "key"
@@ -281,7 +281,7 @@ class Threshold(Select, name="threshold"):
 
     Args:
         values: the threshold of each layer; `tokenopt.optimize` fits them when it is given data.
-    Source: Wang et al., DyMU, arXiv:2504.17040, sec. 3.1.
+    Source: Wang et al., DyMU, arXiv:2504.17040.
     """
 
     values: tuple[float, ...] = ()
@@ -340,7 +340,7 @@ class Grid(_Partition, name="bipartite_grid"):
     Args:
         cell: side of a cell, in patches; rows and columns that fill no cell only give.
         seed: which token of a cell it is, at random but fixed for a resolution; None is the first.
-    Source: Bolya and Hoffman, Token Merging for Fast Stable Diffusion, arXiv:2303.17604, sec. 4.2.
+    Source: Bolya and Hoffman, Token Merging for Fast Stable Diffusion, arXiv:2303.17604.
     """
 
     metric: str = "hidden"
@@ -378,7 +378,7 @@ class Frames(_Partition, name="bipartite_frames"):
     Args:
         cell, seed: as in bipartite_grid.
         uniform: this share of the whole sequence stays alone, too, at even distances.
-    Source: Shen et al., FastVGGT, arXiv:2509.02560, sec. 3.2.
+    Source: Shen et al., FastVGGT, arXiv:2509.02560.
     """
 
     metric: str = "hidden"
@@ -440,7 +440,7 @@ def _square(count: int) -> tuple[int, int]:
 class EnergyMatch(Select, name="bipartite_energy"):
     """the tokens that are most like many others are paired and merged; those that stand alone stay
 
-    Source: Tran et al., PiToMe, arXiv:2405.16148, algorithm 1.
+    Source: Tran et al., PiToMe, arXiv:2405.16148.
     """
 
     energy: Score = field(default_factory=Energy)
@@ -563,7 +563,7 @@ class SuperTokens(_Soft, name="super_tokens"):
     Args:
         local: only among the 3 x 3 cells around its own.
         iterations: of the association.
-    Source: Huang et al., Vision Transformer with Super Token Sampling, arXiv:2211.11167, sec. 3.2 (local); with all
+    Source: Huang et al., Vision Transformer with Super Token Sampling, arXiv:2211.11167 (local); with all
     cells, the seeds of STViT (Chang et al., arXiv:2303.08685) without trained weights.
     """
 
