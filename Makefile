@@ -6,7 +6,8 @@ VENV ?= .venv
 TORCH ?= 2.14.1
 TORCHVISION ?= 0.29.1
 EXTRAS ?= models,tensorrt-rtx,dev
-# One worker process per core, one thread in each.
+# One worker process per core, one thread in each. Each starts with a share of the files, so that models and exports that
+# the tests of a file have in common are made once, and takes over from the others when it is done.
 WORKERS ?= auto
 
 OUT ?= samples/out

@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
+import gc
 import importlib.util
 import os
+import signal
 from collections.abc import Iterator
 
 import pytest
 import torch
 
 os.environ["HF_HUB_OFFLINE"] = "1"  # read when transformers and timm are imported: no test may download
+if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:  # as shells have it in the background; some tests interrupt
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+gc.set_threshold(20_000)  # tracing makes objects by the million: at Python's own 700 it collects a tenth of the time
 
 _NEEDS = {
     "gpu": (torch.cuda.is_available, "no CUDA device"),
