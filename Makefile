@@ -6,7 +6,8 @@ VENV ?= .venv
 TORCH ?= 2.14.1
 TORCHVISION ?= 0.29.1
 EXTRAS ?= models,tensorrt-rtx,dev
-# One worker process per core, one thread in each.
+# One worker process per core, one thread in each. Each starts with a share of the files, so that models and exports that
+# the tests of a file have in common are made once, and takes over from the others when it is done.
 WORKERS ?= auto
 
 OUT ?= samples/out
@@ -22,7 +23,7 @@ demo: $(OUT)/digits.pt
 	    --data $(OUT)/digits-test.npz --batch 1,8,32 -o $(OUT)/optimized
 
 test: lint
-	OMP_NUM_THREADS=1 $(BIN)/pytest -n $(WORKERS)
+	OMP_NUM_THREADS=1 $(BIN)/pytest -n $(WORKERS) --dist worksteal
 
 lint: $(STAMP)
 	$(BIN)/ruff check .

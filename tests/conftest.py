@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import importlib.util
 import os
 from collections.abc import Iterator
@@ -10,6 +11,7 @@ import pytest
 import torch
 
 os.environ["HF_HUB_OFFLINE"] = "1"  # read when transformers and timm are imported: no test may download
+gc.set_threshold(20_000)  # tracing makes objects by the million: at Python's own 700 it collects a tenth of the time
 
 _NEEDS = {
     "gpu": (torch.cuda.is_available, "no CUDA device"),

@@ -24,6 +24,7 @@ from tokenopt.ops.mix import (
     scatter_tokens,
     soft_association,
 )
+from tokenopt.runtimes.onnx import write
 from tokenopt.runtimes.tensorrt import TensorRTRTX
 
 ops = torch.ops.tokenopt
@@ -265,7 +266,9 @@ CASES: Cases = {
 
 @pytest.fixture(scope="module")
 def exported(tmp_path_factory: pytest.TempPathFactory) -> dict[str, list[tuple[Tensor, Tensor]]]:
-    return in_onnxruntime(CASES, tmp_path_factory.mktemp("mixes") / "model.onnx")
+    path = tmp_path_factory.mktemp("mixes") / "model.onnx"
+    write(captured(CASES), path)
+    return in_onnxruntime(CASES, path)
 
 
 @pytest.mark.parametrize("name", CASES)

@@ -33,6 +33,7 @@ from tokenopt.ops.score import (
 )
 from tokenopt.program import Program
 from tokenopt.runtimes import onnx as onnx_runtime
+from tokenopt.runtimes.base import Engine
 from tokenopt.runtimes.tensorrt import TensorRTRTX
 
 ops = torch.ops.tokenopt
@@ -70,8 +71,6 @@ def captured(cases: Cases) -> Program:
 
 def in_onnxruntime(cases: Cases, path: Path) -> dict[str, list[tuple[Tensor, Tensor]]]:
     """Each case's outputs by the file and by eager torch, on batches that it was not exported with."""
-    program = captured(cases)
-    onnx_runtime.write(program, path)
     engine = onnx_runtime.Onnx().load(path, threads=1)
     assert engine.dynamic_batch
     pairs: dict[str, list[tuple[Tensor, Tensor]]] = {name: [] for name in cases}
@@ -486,8 +485,18 @@ CASES: Cases = {
 
 
 @pytest.fixture(scope="module")
-def exported(tmp_path_factory: pytest.TempPathFactory) -> dict[str, list[tuple[Tensor, Tensor]]]:
-    return in_onnxruntime(CASES, tmp_path_factory.mktemp("scores") / "model.onnx")
+def program() -> Program:
+    return captured(CASES)
+
+
+@pytest.fixture(scope="module")
+def engine(program: Program, tmp_path_factory: pytest.TempPathFactory) -> Engine:
+    return onnx_runtime.Onnx().build(program, tmp_path_factory.mktemp("scores") / "model.onnx")
+
+
+@pytest.fixture(scope="module")
+def exported(engine: Engine) -> dict[str, list[tuple[Tensor, Tensor]]]:
+    return in_onnxruntime(CASES, engine.path)
 
 
 @pytest.mark.parametrize("name", CASES)
@@ -521,7 +530,7 @@ def test_half_precision_does_not_overflow() -> None:
 
 @pytest.mark.tensorrt
 @pytest.mark.skipif(TensorRTRTX().available() is not None, reason="tensorrt_rtx is not installed")
-def test_one_engine_of_all_scores(tmp_path: Path) -> None:
-    engine = TensorRTRTX().build(captured(CASES), tmp_path / "model.engine")
-    assert len(engine.outputs) == len(CASES)
-    assert all(c.passed for c in engine.parity)
+def test_one_engine_of_all_scores(program: Program, engine: Engine, tmp_path: Path) -> None:
+    built = TensorRTRTX().build(program, tmp_path / "model.engine", source=engine)
+    assert len(built.outputs) == len(CASES)
+    assert all(c.passed for c in built.parity)
