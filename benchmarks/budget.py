@@ -22,9 +22,7 @@ import torch
 from benchmarks.machine import machine
 from benchmarks.speed import MODELS
 from tokenopt.calibration import Search, Target, fit
-from tokenopt.passes.flatten_grids import FlattenGrids
-from tokenopt.passes.fold_constants import FoldConstants
-from tokenopt.passes.raise_attention import RaiseAttention
+from tokenopt.passes.canonicalize import canonicalize
 from tokenopt.passes.reduce_tokens import ReduceTokens
 from tokenopt.passes.remove_dead import RemoveDead
 from tokenopt.pipeline import Pipeline
@@ -88,7 +86,7 @@ def _row(key: str, options: argparse.Namespace) -> str:
 
 def _race(program: Program, schedule: Schedule, folder: Path, rounds: int) -> list[Timing]:
     """The dense model and that with the schedule, in engines of their own."""
-    dense = Pipeline([FoldConstants(), RaiseAttention(), FlattenGrids()]).run(program).program
+    dense = canonicalize(program).program
     reduced = Pipeline([ReduceTokens("tome", schedule), RemoveDead()]).run(dense).program
     x, calls = program.example_inputs[0][0][:1], {}
     for part, made in (("dense", dense), ("reduced", reduced)):

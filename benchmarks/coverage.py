@@ -27,9 +27,7 @@ from tokenopt.analysis.axes import propagate
 from tokenopt.analysis.cuts import find_cuts
 from tokenopt.analysis.sites import find_sites
 from tokenopt.errors import TokenoptError
-from tokenopt.passes.flatten_grids import FlattenGrids
-from tokenopt.passes.fold_constants import FoldConstants
-from tokenopt.passes.raise_attention import RaiseAttention
+from tokenopt.passes.canonicalize import canonicalize
 from tokenopt.passes.reduce_tokens import ReduceTokens
 from tokenopt.passes.remove_dead import RemoveDead
 from tokenopt.pipeline import Pipeline
@@ -88,7 +86,7 @@ def cover(name: str, entry: Entry, onnx: bool, engine: bool) -> Row:
         torch.manual_seed(0)
         model, inputs = entry.build()
         program = capture(model, inputs, dynamic_batch=entry.dynamic)
-        dense = Pipeline([FoldConstants(), RaiseAttention(), FlattenGrids()]).run(program).program
+        dense = canonicalize(program).program
         axes = propagate(dense)
         sites, _ = find_sites(axes)
         cuts, refusals = find_cuts(axes, sites)

@@ -36,9 +36,7 @@ from tokenopt.analysis.cuts import find_cuts
 from tokenopt.analysis.sites import find_sites
 from tokenopt.cost import program_flops
 from tokenopt.errors import Refusal, TokenoptError, UsageError
-from tokenopt.passes.flatten_grids import FlattenGrids
-from tokenopt.passes.fold_constants import FoldConstants
-from tokenopt.passes.raise_attention import RaiseAttention
+from tokenopt.passes.canonicalize import canonicalize
 from tokenopt.passes.reduce_tokens import ReduceTokens
 from tokenopt.passes.remove_dead import RemoveDead
 from tokenopt.pipeline import Pipeline
@@ -70,7 +68,7 @@ class Dense:
     @staticmethod
     def of(trial: Trial) -> Dense:
         program = capture(trial.model, tuple(x[:2] for x in trial.inputs))
-        program = Pipeline([FoldConstants(), RaiseAttention(), FlattenGrids()]).run(program).program
+        program = canonicalize(program).program
         axes = propagate(program)
         sites, _ = find_sites(axes)
         cuts, _ = find_cuts(axes, sites)

@@ -23,9 +23,7 @@ import torch
 from benchmarks.machine import machine
 from tokenopt import recipes
 from tokenopt.cost import program_flops
-from tokenopt.passes.flatten_grids import FlattenGrids
-from tokenopt.passes.fold_constants import FoldConstants
-from tokenopt.passes.raise_attention import RaiseAttention
+from tokenopt.passes.canonicalize import canonicalize
 from tokenopt.passes.reduce_tokens import ReduceTokens
 from tokenopt.passes.remove_dead import RemoveDead
 from tokenopt.pipeline import Pipeline, PipelineResult
@@ -110,7 +108,7 @@ def _rows(key: str, names: list[str], rounds: int) -> object:
     torch.manual_seed(0)
     x = torch.randn(1, 3, size, size)
     program = capture(timm.create_model(name, num_classes=0, global_pool="").eval(), torch.randn(2, 3, size, size))
-    dense = Pipeline([FoldConstants(), RaiseAttention(), FlattenGrids()]).run(program).program
+    dense = canonicalize(program).program
     flops = program_flops(dense)
     with tempfile.TemporaryDirectory() as folder:
         twins: dict[tuple[object, ...], Path] = {}

@@ -27,9 +27,7 @@ from tokenopt.analysis.axes import propagate
 from tokenopt.analysis.cuts import find_cuts
 from tokenopt.analysis.sites import find_sites
 from tokenopt.cost import program_flops
-from tokenopt.passes.flatten_grids import FlattenGrids
-from tokenopt.passes.fold_constants import FoldConstants
-from tokenopt.passes.raise_attention import RaiseAttention
+from tokenopt.passes.canonicalize import canonicalize
 from tokenopt.passes.reduce_tokens import ReduceTokens
 from tokenopt.passes.remove_dead import RemoveDead
 from tokenopt.pipeline import Pipeline
@@ -62,7 +60,7 @@ def variants(name: str, size: int, schedule: str) -> Variants:
     torch.manual_seed(0)
     program = capture(timm.create_model(name).eval(), torch.randn(2, 3, size, size))
     start = time.perf_counter()
-    dense = Pipeline([FoldConstants(), RaiseAttention(), FlattenGrids()]).run(program).program
+    dense = canonicalize(program).program
     reduced = Pipeline([ReduceTokens("tome", schedule), RemoveDead()]).run(dense).program
     compile_s = time.perf_counter() - start
     sliced = Pipeline([ReduceTokens(twin(recipes.get("tome")), schedule), RemoveDead()]).run(dense).program

@@ -16,10 +16,7 @@ from tokenopt.analysis.cuts import StreamCut, find_cuts
 from tokenopt.analysis.sites import AttentionSite, Segment, find_sites
 from tokenopt.errors import UsageError
 from tokenopt.graph import GraphEditor, add_output
-from tokenopt.passes.flatten_grids import FlattenGrids
-from tokenopt.passes.fold_constants import FoldConstants
-from tokenopt.passes.raise_attention import RaiseAttention
-from tokenopt.pipeline import Pipeline
+from tokenopt.passes.canonicalize import canonicalize
 from tokenopt.program import Program, flatten_tensors
 from tokenopt.tokens.plan import Refused, logits_of
 
@@ -48,7 +45,7 @@ def diagnose(program: Program, batches: Iterable[Sequence[Tensor]]) -> dict[str,
         0.4, 0.3, 0.3. head_diversity is the Jensen-Shannon divergence of the heads' rows over ln(heads).
     """
     batches = [list(batch) for batch in batches]
-    seeing = Pipeline([FoldConstants(), RaiseAttention(), FlattenGrids()]).run(program).program
+    seeing = canonicalize(program).program
     sites = [s for s in find_sites(propagate(seeing))[0] if _watched(s)]
     if not sites or not batches:
         return {}
@@ -87,7 +84,7 @@ def sinks(
 
     Source: Kang et al., See What You Are Told, arXiv:2503.03321; Gong et al., DAMRO, arXiv:2410.04514.
     """
-    seeing = Pipeline([FoldConstants(), RaiseAttention(), FlattenGrids()]).run(program).program
+    seeing = canonicalize(program).program
     axes = propagate(seeing)
     cuts, _ = find_cuts(axes, find_sites(axes)[0], paying=False)
     editor = GraphEditor(seeing)
@@ -128,7 +125,7 @@ def inactive_heads(
 
     Source: Zhang et al., Treat Visual Tokens as Text?, arXiv:2410.06169 (YOPO), with the numbers of its code.
     """
-    seeing = Pipeline([FoldConstants(), RaiseAttention(), FlattenGrids()]).run(program).program
+    seeing = canonicalize(program).program
     sites = [s for s in find_sites(propagate(seeing))[0] if s.kind in ("self", "joint")]
     votes: dict[str, _Votes] = {}
     for layer, site in enumerate(sites):

@@ -17,12 +17,9 @@ from tokenopt.attention.pattern import Refused as PatternRefused
 from tokenopt.attention.recipe import AttentionRecipe
 from tokenopt.errors import UsageError
 from tokenopt.graph import add_output
-from tokenopt.passes.flatten_grids import FlattenGrids
-from tokenopt.passes.fold_constants import FoldConstants
-from tokenopt.passes.raise_attention import RaiseAttention
+from tokenopt.passes.canonicalize import canonicalize
 from tokenopt.passes.reduce_tokens import Planner, ReduceTokens
 from tokenopt.passes.sparsify_attention import layout_of, numbered_sites
-from tokenopt.pipeline import Pipeline
 from tokenopt.program import Program, flatten_tensors
 from tokenopt.schedule import Schedule
 from tokenopt.tokens.plan import Plan, Refused, Stream, logits_of
@@ -93,7 +90,7 @@ def _observe(
     look: Callable[[Stream], tuple[list[fx.Node], Plan | None]],
 ) -> tuple[Program, list[tuple[int, Stream]]]:  # fmt: skip
     """The dense program with more outputs, and the places that they are from."""
-    seeing = Pipeline([FoldConstants(), RaiseAttention(), FlattenGrids()]).run(program).program
+    seeing = canonicalize(program).program
     observer = _Observer(recipe, schedule, look=look)
     ReduceTokens(recipe).apply(seeing, observer)
     if not observer.seen:
@@ -201,7 +198,7 @@ def attended(recipe: AttentionRecipe, program: Program, batches: Batches) -> Att
     Raises:
         UsageError: if there is no data, or no attention to fit.
     """
-    seeing = Pipeline([FoldConstants(), RaiseAttention(), FlattenGrids()]).run(program).program
+    seeing = canonicalize(program).program
     sites = numbered_sites(seeing)
     layouts: dict[int, Layout] = {}
     for i, site in enumerate(sites):

@@ -12,11 +12,8 @@ from tokenopt.analysis.cuts import StreamCut, carries, contains, decide, find_cu
 from tokenopt.analysis.sites import AttentionSite, Segment, TokenAxis, find_sites
 from tokenopt.errors import Refusal
 from tokenopt.graph import module_path
-from tokenopt.passes.flatten_grids import FlattenGrids
-from tokenopt.passes.fold_constants import FoldConstants
-from tokenopt.passes.raise_attention import RaiseAttention
+from tokenopt.passes.canonicalize import canonicalize
 from tokenopt.passes.sparsify_attention import SparsifyAttention
-from tokenopt.pipeline import Pipeline
 from tokenopt.program import Program
 
 
@@ -34,7 +31,7 @@ def inspect(program: Program, pattern: Any = None) -> dict[str, Any]:
         [{site, after, where, axis, width, depth, obligations, restore_before}] · ``opaque`` [{node, op, where,
         template}] · ``patterns`` as in a report
     """
-    canonical = Pipeline([FoldConstants(), RaiseAttention(), FlattenGrids()]).run(program).program
+    canonical = canonicalize(program).program
     axes = propagate(canonical)
     sites, token_axes = find_sites(axes)
     cuts, refusals = find_cuts(axes, sites)

@@ -13,9 +13,7 @@ from typing import Any
 from tokenopt import recipes, runtimes
 from tokenopt.errors import TokenoptError, UsageError
 from tokenopt.fitting import fit, needs_data
-from tokenopt.passes.flatten_grids import FlattenGrids
-from tokenopt.passes.fold_constants import FoldConstants
-from tokenopt.passes.raise_attention import RaiseAttention
+from tokenopt.passes.canonicalize import canonicalize
 from tokenopt.passes.reduce_tokens import ReduceTokens
 from tokenopt.passes.remove_dead import RemoveDead
 from tokenopt.pipeline import Pipeline
@@ -109,7 +107,7 @@ def build_all(trial: Trial, names: Iterable[str], folder: Path) -> dict[str, dic
 
 @cache
 def _dense(model: str) -> Program:
-    return Pipeline([FoldConstants(), RaiseAttention(), FlattenGrids()]).run(capture(*small_model(model))).program
+    return canonicalize(capture(*small_model(model))).program
 
 
 def _attempt(recipe: TokenRecipe, model: str) -> Trial:

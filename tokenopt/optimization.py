@@ -27,6 +27,7 @@ from tokenopt.errors import Refusal, UsageError
 from tokenopt.fitting import fit, fit_patterns, needs_data
 from tokenopt.inspection import axis_dict, refusal_of
 from tokenopt.parity import Parity
+from tokenopt.passes.canonicalize import canonical_passes, canonicalize
 from tokenopt.passes.drop_layers import DropLayers
 from tokenopt.passes.flatten_grids import FlattenGrids
 from tokenopt.passes.fold_constants import FoldConstants
@@ -144,7 +145,7 @@ def optimize(
         done = stage("rewrite")
         steps = _steps(passes, recipe, schedule, settings, short_outputs, min_speedup)
         steps = [_fitted(s, program, data, written) for s in steps]
-        canonical = Pipeline([FoldConstants(), RaiseAttention(), FlattenGrids()]).run(program)
+        canonical = canonicalize(program)
         if budget is not None:
             steps = _budgeted(steps, Budget.parse(budget), canonical.program)
         gated: list[dict[str, Any]] = []
@@ -235,10 +236,10 @@ def _steps(
         if schedule is not None or short:
             raise UsageError(f"recipe {found} keeps all tokens", why="it has no schedule and no short outputs")
         sparsify = SparsifyAttention(recipe=found.with_settings(settings or {}), min_speedup=min_speedup)
-        return [FoldConstants(), RaiseAttention(), FlattenGrids(), sparsify, RemoveDead()]
+        return [*canonical_passes(), sparsify, RemoveDead()]
     reduce = ReduceTokens(_recipe(recipe), schedule, dict(settings or {}), short)
     reduce.resolved()  # a wrong recipe or schedule is an error before any work is done
-    return [FoldConstants(), RaiseAttention(), FlattenGrids(), reduce, RemoveDead()]
+    return [*canonical_passes(), reduce, RemoveDead()]
 
 
 def learns(step: Pass) -> bool:

@@ -24,10 +24,7 @@ from tokenopt.calibration.problem import Batches, Evaluation, Problem, alone, sc
 from tokenopt.calibration.solve import RATIOS, Table, scaled, solve
 from tokenopt.calibration.workers import named_workers
 from tokenopt.errors import BudgetError, UsageError
-from tokenopt.passes.flatten_grids import FlattenGrids
-from tokenopt.passes.fold_constants import FoldConstants
-from tokenopt.passes.raise_attention import RaiseAttention
-from tokenopt.pipeline import Pipeline
+from tokenopt.passes.canonicalize import canonicalize
 from tokenopt.program import Program
 from tokenopt.schedule import Budget, Schedule
 from tokenopt.tokens.recipe import TokenRecipe
@@ -272,7 +269,7 @@ def fit(
     names = candidates(recipe)
     kinds = [problem_of(one) for one in names]
     strategy = registry.load("tokenopt.strategies", calibrator)() if isinstance(calibrator, str) else calibrator
-    canonical = Pipeline([FoldConstants(), RaiseAttention(), FlattenGrids()]).run(program).program
+    canonical = canonicalize(program).program
     if budget.metric == "latency" and target is None:
         target = Target()
     batches = Batches.of(data, program)
