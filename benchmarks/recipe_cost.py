@@ -92,7 +92,8 @@ def main() -> None:
     print("\n".join(lines), flush=True)
     for key in options.models:
         rows = ["", f"## {' '.join(map(str, MODELS[key]))}", ""]
-        rows += ["| recipe | schedule | FLOPs left | recipe, ms | without decision | FLOPs left | share | |", "|---" * 8 + "|"]
+        heads = "| recipe | schedule | FLOPs left | recipe, ms | without decision | FLOPs left | share | |"
+        rows += [heads, "|---" * 8 + "|"]
         print("\n".join(rows), flush=True)
         lines += rows
         for row in _rows(key, options.recipes, options.rounds):
