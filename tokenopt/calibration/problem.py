@@ -183,14 +183,18 @@ class Problem:
         """What the data are; the first batch tells what measure suits the outputs."""
         for inputs, labels in self.batches:
             if self.metric is None:
-                causal = any(n.kwargs.get("is_causal") for n in self.program.graph.nodes)
-                self.metric = metrics.metric_for(_run(self.program, inputs), causal)
+                self.metric = metrics.metric_for(_run(self.program, inputs), self.causal)
             self.samples += len(inputs[0])
             for tensor in (*inputs, *([] if labels is None else [labels])):
                 self._digest.update(tensor.contiguous().cpu().numpy().tobytes())
         if not self.samples:
             raise UsageError("there is nothing to calibrate on", why="the data are empty")
         self._measurement = Measurement(self.program, self.metric)
+
+    @property
+    def causal(self) -> bool:
+        """Whether it is a decoder, whose last token answers."""
+        return any(n.kwargs.get("is_causal") for n in self.program.graph.nodes)
 
     @cached_property
     def _dense(self) -> list[list[Tensor]]:

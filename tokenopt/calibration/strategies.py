@@ -187,8 +187,7 @@ class ExitLayer:
 
     def _unneeded(self, problem: Problem, schedule: Schedule) -> bool:
         """The label of a layer."""
-        causal = any(n.kwargs.get("is_causal") for n in problem.program.graph.nodes)
-        same, losses = [], []
+        causal, same, losses = problem.causal, [], []
         for found, dense, labels in problem.outputs(schedule):
             after, before = (_scores(outputs, causal) for outputs in (found, dense))
             same.append((after.argmax(-1) == before.argmax(-1)).float())

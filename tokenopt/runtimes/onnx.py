@@ -53,7 +53,7 @@ class Onnx:
 
         Args:
             opset: version of the ONNX operators. From 23 on, attention is one node.
-            floor: masks are written as ONNX Runtime is fast with, see `decompose`.
+            floor: masks are written as ONNX Runtime is fast with, see `for_exporter`.
             named: attention with a pattern is one node, with a function as its body.
             tolerance: see `prove`.
             data: batches of inputs to compare on besides random ones and the example.
@@ -90,7 +90,7 @@ def write(
     """Translates a program, and checks the file against the ONNX standard.
 
     Args:
-        floor, named, plugins: see `decompose`. With plugins it is a file for TensorRT alone.
+        floor, named, plugins: see `for_exporter`. With plugins it is a file for TensorRT alone.
 
     Raises:
         LoweringError: if an operation cannot be expressed.
