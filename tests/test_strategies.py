@@ -22,10 +22,7 @@ from tokenopt.attention import Paro, Predicted
 from tokenopt.calibration import ExitLayer, Problem, Search, Target, Thresholds, strategies
 from tokenopt.calibration.learned import Patterns
 from tokenopt.errors import BudgetError, UsageError
-from tokenopt.passes.flatten_grids import FlattenGrids
-from tokenopt.passes.fold_constants import FoldConstants
-from tokenopt.passes.raise_attention import RaiseAttention
-from tokenopt.pipeline import Pipeline
+from tokenopt.passes.canonicalize import canonicalize
 from tokenopt.program import Program, capture
 from tokenopt.schedule import Schedule
 
@@ -46,14 +43,14 @@ def model() -> nn.Module:
 @cache
 def canonical() -> Program:
     captured = capture(model(), images(2))
-    return Pipeline([FoldConstants(), RaiseAttention(), FlattenGrids()]).run(captured).program
+    return canonicalize(captured).program
 
 
 @cache
 def larger() -> Program:
     """A grid of 16 x 16, on which patterns pay."""
     captured = capture(refs.tiny("head", img_size=64), images(2, 64))
-    return Pipeline([FoldConstants(), RaiseAttention(), FlattenGrids()]).run(captured).program
+    return canonicalize(captured).program
 
 
 @cache
@@ -129,7 +126,7 @@ def test_known_labels_limit_the_loss() -> None:
 def test_what_has_no_exit_is_refused() -> None:
     with pytest.raises(UsageError, match="lets no token leave"):
         only(ExitLayer(), problem("tome"), 0.9)
-    program = Pipeline([FoldConstants(), RaiseAttention(), FlattenGrids()]).run(
+    program = canonicalize(
         capture(refs.tiny("features"), images(2))).program  # fmt: skip
     with pytest.raises(UsageError, match="no answers"):
         only(ExitLayer(), Problem(program, recipes.get(BLOCK), [([images(4)], None)]), 0.9)
