@@ -19,12 +19,15 @@ from tests.test_calibration import run
 from tests.test_fitting import PerToken
 from tokenopt import calibration, fitting, recipes, registry
 from tokenopt.attention import Paro, Predicted
+from tokenopt.attention.recipe import AttentionRecipe
 from tokenopt.calibration import ExitLayer, Problem, Search, Target, Thresholds, strategies
-from tokenopt.calibration.learned import Patterns
+from tokenopt.calibration.learned import Patterns, problem_of
+from tokenopt.cost import program_flops
 from tokenopt.errors import BudgetError, UsageError
 from tokenopt.passes.canonicalize import canonicalize
 from tokenopt.program import Program, capture
 from tokenopt.schedule import Schedule
+from tokenopt.tokens.recipe import TokenRecipe
 
 FEW = Search(trials=1)
 BLOCK = {"name": "mine", "score": "uniform_grid", "select": "topk", "place": "block", "schedule": {"r": 8}}
@@ -267,12 +270,86 @@ def test_the_command_line_fits_a_density(tmp_path: Path) -> None:
 def test_what_a_pattern_cannot_be_fitted_to() -> None:
     with pytest.raises(BudgetError, match="all but attention costs as before"):
         calibration.fit(larger(), Paro(block=16), **pattern_options(images(4, 64), "flops=40%"))
-    for budget in ("tokens=50%", "latency=0.9x"):
-        with pytest.raises(UsageError, match="cannot be fitted to"):
-            calibration.fit(larger(), Paro(block=16), **pattern_options(images(4, 64), budget))
+    with pytest.raises(UsageError, match="cannot be fitted to"):
+        calibration.fit(larger(), Paro(block=16), **pattern_options(images(4, 64), "tokens=50%"))
     with pytest.raises(UsageError, match="no schedule to start from"):
         given = {"schedule": "r=4", "budget": "flops=80%", "data": {"x": images(4, 64)}}
         tokenopt.optimize(larger(), recipe=Paro(block=16), **given)
+
+
+# -- one number, and what is measured or lost --------------------------------------------------------------------------
+
+
+class Clock(Target):
+    """Milliseconds that are made up: some for any program, and more for more operations."""
+
+    def race(self, programs: Any) -> dict[str, float]:
+        flops = {name: program_flops(program) / 1e6 for name, program in programs.items()}
+        return {name: 10 + count for name, count in flops.items()}
+
+
+@pytest.mark.parametrize("recipe", ["Paro(block=16)", "semantic-token"])
+@pytest.mark.usefixtures("small_tiles")
+def test_one_number_is_fitted_to_a_latency(recipe: str) -> None:
+    given = {**pattern_options(images(4, 64), "latency=0.9x"), "target": Clock("eager")}
+    found = calibration.fit(larger(), recipe, **given)
+    dense = 10 + program_flops(larger()) / 1e6
+    assert found.latency["met"] and found.latency["dense_ms"] == pytest.approx(dense, rel=1e-3)
+    assert found.latency["ms"] <= 0.9 * dense
+    kind = problem_of(recipes.get(recipe))
+    on = kind(canonicalize(larger()).program, recipes.get(recipe), [([images(4, 64)], None)])
+    assert 10 + program_flops(on.reduced(Schedule(keep=found.schedule.keep + 0.02))) / 1e6 > 0.9 * dense
+    assert found.chosen.cost == pytest.approx(found.latency["ratio"], abs=0.01)
+    with pytest.raises(BudgetError, match="cannot meet"):
+        calibration.fit(larger(), recipe, **{**given, "budget": "latency=0.1x"})
+
+
+@pytest.mark.parametrize("recipe", ["Paro(block=16)", "semantic-token"])
+@pytest.mark.usefixtures("small_tiles")
+def test_one_number_is_fitted_to_a_loss(recipe: str) -> None:
+    """As much is left out as may be, and no more."""
+    given = {"data": {"x": images(4, 64)}, "budget": "drop=100%", "metric": f"{__name__}:loss"}
+    most = calibration.fit(larger(), recipe, **given)
+    half = calibration.fit(larger(), recipe, **{**given, "budget": f"drop={most.chosen.deviation / 2:.6f}"})
+    assert half.chosen.deviation <= most.chosen.deviation / 2
+    assert most.chosen.cost < half.chosen.cost < 1.0
+    more = Schedule(keep=half.schedule.keep - 0.1)
+    kind = problem_of(recipes.get(recipe))
+    on = kind(canonicalize(larger()).program, recipes.get(recipe), [([images(4, 64)], None)], f"{__name__}:loss")
+    assert on.evaluate(more).deviation > most.chosen.deviation / 2
+
+
+def loss(outputs: list[Tensor], dense: list[Tensor]) -> Tensor:
+    return (outputs[0] - dense[0]).norm(dim=-1) / dense[0].norm(dim=-1) / 10
+
+
+def test_what_leaves_the_model_costs_it_nothing() -> None:
+    features = capture(refs.tiny("features"), images(2))
+    given = {"data": {"x": images(8)}, "target": Clock("eager")}
+    with pytest.raises(UsageError, match="only what comes after is faster"):
+        calibration.fit(features, "fastervlm", budget="latency=0.9x", **given)
+    found = calibration.fit(features, "fastervlm", budget="drop=100%", metric=f"{__name__}:nothing", **given)
+    assert found.chosen.cost < 0.1
+
+
+def nothing(outputs: list[Tensor], dense: list[Tensor]) -> Tensor:
+    return torch.zeros(len(dense[0]))
+
+
+@pytest.mark.usefixtures("small_tiles")
+def test_patterns_and_reductions_are_compared() -> None:
+    """A schedule to start from is for those that have one; a budget of tokens leaves patterns out."""
+    assert {type(one) for one in calibration.candidates("auto")} == {TokenRecipe, AttentionRecipe}
+    recipe, data = "Paro(block=16),uniform-grid", {"x": images(4, 64)}
+    given = {"budget": "flops=80%", "data": data, "fitting": {"calibrator": FEW}}
+    report = tokenopt.optimize(larger(), recipe=recipe, schedule="r=8", **given).report
+    front = [row for row in report.calibration["front"] if row["kind"] != "random"]
+    assert len({row["recipe"] for row in front}) == 2
+    (chosen,) = (row for row in front if row["chosen"])
+    least = {row["recipe"]: row["deviation"] for row in front if row["kind"] == "fixed" and row["name"] == "default"}
+    assert chosen["recipe"] == report.recipe["name"] and chosen["deviation"] <= min(least.values()) + 1e-9
+    found = calibration.fit(larger(), recipe, data, budget="tokens=80%", calibrator=FEW)
+    assert found.recipe.name == "uniform-grid" and not found.others
 
 
 # -- the gate on patterns ----------------------------------------------------------------------------------------------

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import os
+import pickle
+import shutil
 import signal
 import threading
 import time
@@ -14,15 +16,17 @@ import numpy as np
 import pytest
 import ray
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from tests import recipe_references as refs
 from tests.references import images
-from tokenopt import calibration, cli
+from tokenopt import calibration, cli, fitting
 from tokenopt.calibration import Calibration, Search, metrics
 from tokenopt.calibration import problem as problem_module
 from tokenopt.calibration import workers as workers_module
+from tokenopt.calibration.problem import Task
 from tokenopt.errors import TokenoptError, UsageError
+from tokenopt.passes.reduce_tokens import ReduceTokens
 from tokenopt.program import Program, capture
 
 KILLED = "TOKENOPT_TEST_KILLED"  # a file, in the environment of the cluster alone
@@ -111,6 +115,36 @@ def test_a_fit_with_a_killed_worker_is_that_of_one_process(
     assert ray.is_initialized()  # who started it shuts it down
 
 
+def test_a_task_brings_the_files_that_its_pass_reads(tmp_path: Path) -> None:
+    """Another machine has not what was learned on this one."""
+    path = tmp_path / "learned" / "scorer.safetensors"
+    path.parent.mkdir()
+    path.write_bytes(b"weights")
+    task = Task(3, "r=1", ReduceTokens("random"), [images(2)], None, None, (path,))
+    sent = pickle.dumps(task)
+    shutil.rmtree(path.parent)
+    received = pickle.loads(sent)
+    assert path.read_bytes() == b"weights" and received.files == (path,)
+    assert received[:3] == task[:3] and torch.equal(received.inputs[0], task.inputs[0])
+    path.write_bytes(b"of another fit")
+    pickle.loads(sent)
+    assert path.read_bytes() == b"weights"
+
+
+def test_what_was_learned_goes_to_the_workers(killed: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(fitting, "_train", lambda x, *_: (nn.Sequential(nn.Linear(x.shape[1], 1)), 0.0))
+    recipe = {"name": "mine", "score": {"learned": {"hidden": 0}}, "select": "topk", "place": "block",
+              "schedule": {"r": 8}}  # fmt: skip
+    sent: list[int] = []
+    reduce = Task.__reduce__
+    monkeypatch.setattr(Task, "__reduce__", lambda task: sent.append(len(task.files)) or reduce(task))
+    model = capture(refs.tiny("head", depth=2), images(2))
+    given = {"budget": "flops=80%", "calibrator": Search(trials=1)}
+    found = calibration.fit(model, recipe, {"x": images(4, seed=3)}, workers="ray", **given)
+    assert set(sent) == {0, 1}  # the recipe that chooses at random has learned nothing
+    assert found.chosen.cost <= 0.8
+
+
 def test_errors_of_workers_arrive_as_they_are(killed: Path, program: Program) -> None:
     with pytest.raises(UsageError) as refusal:
         fit(program, "refused", workers="ray")
@@ -189,5 +223,7 @@ def test_the_command_line_refuses_workers_with_nothing_to_do(
     assert "workers have nothing to do" in run("optimize", model, "--workers", "ray", "--budget", "flops=80%")
     assert "no workers 'dask'" in run("calibrate", model, "--workers", "dask", "--data", data, "--max-drop", "1%")
     monkeypatch.setattr(calibration, "fit", asked)
-    for verb in ("optimize", "calibrate"):
-        assert "fit with ray" in run(verb, model, "--workers", "ray", "--data", data, "--budget", "flops=80%")
+    given = [model, "--workers", "ray", "--data", data, "--budget", "flops=80%"]
+    for recipe in ("tome", "dtop"):  # which learns a score
+        for verb in ("optimize", "calibrate"):
+            assert "fit with ray" in run(verb, *given, "--recipe", recipe)

@@ -30,6 +30,8 @@ from tokenopt.tokens.select import Threshold
 aten = torch.ops.aten
 ops = torch.ops.tokenopt
 
+_KEPT = 2**29  # bytes of queries and keys that patterns are fitted to; one batch may be more
+
 Batches = Iterable[Sequence[Tensor]]
 
 
@@ -193,7 +195,7 @@ def fit_patterns(recipe: AttentionRecipe, program: Program, batches: Batches, pa
 
 
 def attended(recipe: AttentionRecipe, program: Program, batches: Batches) -> Attended:
-    """What the attentions compute that a recipe's patterns are fitted to.
+    """What the attentions compute that a recipe's patterns are fitted to, on some of the batches if they are many.
 
     Raises:
         UsageError: if there is no data, or no attention to fit.
@@ -212,7 +214,13 @@ def attended(recipe: AttentionRecipe, program: Program, batches: Batches) -> Att
     for i in layouts:
         for node in sites[i].node.args[:2]:
             add_output(seeing, node, "seen")
-    seen = [_run(seeing, batch)[-2 * len(layouts) :] for batch in batches]
+    seen, every = [], 1
+    for number, batch in enumerate(batches):
+        if number % every:
+            continue
+        seen.append(_run(seeing, batch)[-2 * len(layouts) :])
+        while len(seen) > 1 and sum(t.nbytes for found in seen for t in found) > _KEPT:
+            seen, every = seen[::2], 2 * every  # all over the data still
     if not seen:
         raise UsageError("there is no data to fit patterns on")
     operands = [torch.cat([found[i].float() for found in seen]) for i in range(2 * len(layouts))]

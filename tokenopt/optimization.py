@@ -135,7 +135,7 @@ def optimize(
     with tempfile.TemporaryDirectory() as scratch:
         written = Path(weights or Path(scratch) / "scorer.safetensors")
         if budget is not None and data is not None and passes is None:
-            found = _calibrated_recipes(recipe, settings, schedule)
+            found = _calibrated_recipes(recipe, settings, schedule, min_speedup)
             calibrated = calibration.fit(
                 program, found, data, budget=budget, target=target, weights=written, progress=progress or _silent,
                 **(fitting or {}),
@@ -174,15 +174,17 @@ def _silent(stage: str, done: int, total: int) -> None:
 
 
 def _calibrated_recipes(
-    recipe: Any, settings: Mapping[str, Any] | None, schedule: Any
+    recipe: Any, settings: Mapping[str, Any] | None, schedule: Any, min_speedup: float | None
 ) -> list[TokenRecipe | AttentionRecipe]:
     """The recipes that a budget is fitted with. A schedule that is given is one of the shapes to compare with."""
     found = [one.with_settings(settings or {}) for one in calibration.candidates(recipe)]
-    if schedule is None:
-        return found
-    if any(isinstance(one, AttentionRecipe) for one in found):
+    if schedule is not None and all(isinstance(one, AttentionRecipe) for one in found):
         raise UsageError("a pattern of attention keeps all tokens", why="it has no schedule to start from")
-    return [replace(one, schedule=Schedule.parse(schedule).to_dict()) for one in found]
+    changes = {
+        TokenRecipe: {} if schedule is None else {"schedule": Schedule.parse(schedule).to_dict()},
+        AttentionRecipe: {} if min_speedup is None else {"min_speedup": min_speedup},
+    }
+    return [replace(one, **changes[type(one)]) for one in found]
 
 
 def _gated(steps: list[Pass], program: Program, target: Target) -> tuple[list[Pass], list[dict[str, Any]]]:

@@ -272,7 +272,7 @@ def optimize_model(
         raise UsageError(f"there is nothing that the strategy {fitting.strategy} could choose",
                          hint="--budget flops=60% and --data PATH, without --passes")  # fmt: skip
     learned_from = _check_method(recipe, schedule, settings, passes, min_speedup, short_outputs)
-    if fitting.workers is not None and (learned_from or not fits):
+    if fitting.workers is not None and not fits:
         raise UsageError("workers have nothing to do", why="they fit a budget to data", hint="--budget and --data")
     learned_from = learned_from or fits
     _protect(path, out, [PROGRAM, *(f"model{target.suffix}" for target in build.distinct)])

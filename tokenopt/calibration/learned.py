@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from functools import cached_property
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -20,6 +21,7 @@ from tokenopt.tokens.score import Learned
 
 _EVERYWHERE = Schedule(keep=0.5)
 _SHARES = 100  # that are told apart
+_USUAL = Schedule(keep=0.1)  # to see what seeing less is worth: all but attention stays
 
 
 def problem_of(recipe: TokenRecipe | AttentionRecipe) -> type[Problem]:
@@ -51,6 +53,11 @@ class _Learning(Problem):
     def _file_of(self, name: str) -> Path:
         return Path(self._folder.name) / f"{name}.safetensors"
 
+    @property
+    def files(self) -> Sequence[Path]:
+        own = sorted(Path(self._folder.name).iterdir())
+        return own if self.weights is None or not self.weights.exists() else [self.weights, *own]
+
 
 class LearnedScore(_Learning):
     """A recipe whose score is learned once, at every place of the dense program, for all schedules."""
@@ -72,7 +79,7 @@ class Patterns(_Learning):
     """A recipe that gives attention patterns: a schedule ``keep=S`` stands for `AttentionRecipe.at` that share."""
 
     recipe: Any
-    layerwise = False
+    layerwise, counted, usual = False, "flops", _USUAL
 
     @cached_property
     def _seen(self) -> Attended:
@@ -120,8 +127,8 @@ class Patterns(_Learning):
         least = self.cost_of(at(1), "flops")
         if least > budget.share:
             why = f"where least is seen, {least:.1%} is left: all but attention costs as before"
-            if refused := self._rewritten(at(1)).refusals:
-                why = f"{why}; {refused[0].why}"
+            if refused := self.refused(at(1)):
+                why = f"{why}; {refused}"
             raise BudgetError(f"recipe {self.recipe} cannot meet the budget {budget}", why=why, hint="allow more")
         low, high = 1, _SHARES + 1
         while high - low > 1:

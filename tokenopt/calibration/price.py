@@ -46,14 +46,17 @@ class Price:
     def __call__(self, share: float, reductions: int) -> float:
         return self.fixed + self.slope * share + self.each * reductions
 
+    def counted_at(self, cost: float) -> float:
+        """The share of what is counted at a cost, where no layer counts by itself."""
+        return (cost - self.fixed) / self.slope
+
     @staticmethod
     def fitted(dense_ms: float, points: list[tuple[float, int, float]]) -> Price:
-        """The line through the dense program and two more (share of operations, layers that reduce, milliseconds)."""
-        (s1, n1, ms1), (s2, n2, ms2) = points
+        """The line through the dense program and others (share of operations, layers that reduce, milliseconds)."""
         # dense: fixed + slope = 1; the others: 1 - slope (1 - share) + each n = ms / dense_ms
-        a = torch.tensor([[s1 - 1, n1], [s2 - 1, n2]], dtype=torch.float64)
-        y = torch.tensor([ms1 / dense_ms - 1, ms2 / dense_ms - 1], dtype=torch.float64)
-        slope, each = torch.linalg.lstsq(a, y[:, None]).solution[:, 0].tolist()
+        a = torch.tensor([[share - 1, n] for share, n, _ in points], dtype=torch.float64)
+        y = torch.tensor([[ms / dense_ms - 1] for *_, ms in points], dtype=torch.float64)
+        slope, each = torch.linalg.lstsq(a, y, driver="gelsd").solution[:, 0].tolist()  # the least, of many
         each = max(each, 0.0)  # noise may say that reducing costs less than nothing
         slope = min(max(slope, 0.05), 1.5)
         return Price("flops", 1 - slope, slope, each, dense_ms)

@@ -59,7 +59,10 @@ class Batches:
 
 
 class Task(NamedTuple):
-    """A schedule on one batch, and the pass that applies it; without the dense outputs, these are computed too."""
+    """A schedule on one batch, and the pass that applies it; without the dense outputs, these are computed too.
+
+    The files that the pass reads are pickled with it.
+    """
 
     number: int
     schedule: str
@@ -67,6 +70,20 @@ class Task(NamedTuple):
     inputs: Sequence[Tensor]
     labels: Tensor | None
     dense: Sequence[Tensor] | None
+    files: Sequence[Path] = ()
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return _task_with_files, (*self[:-1], {path: path.read_bytes() for path in self.files})
+
+
+def _task_with_files(*values: Any) -> Task:
+    """A task whose files are where it reads them, on whatever machine this is."""
+    *values, files = values
+    for path, content in files.items():
+        if not path.exists() or path.read_bytes() != content:
+            with atomic_path(path) as partial:
+                partial.write_bytes(content)
+    return Task(*values, files=tuple(files))
 
 
 @dataclass(eq=False)
@@ -216,9 +233,24 @@ class Problem:
         """Whether every layer has a number of its own."""
         return self.recipe.place.name in LAYERWISE
 
+    @property
+    def files(self) -> Sequence[Path]:
+        """What its passes read."""
+        return ()
+
+    @property
+    def counted(self) -> str:
+        """What it saves, "flops" or "tokens": where outputs get shorter, what comes after is not this program's."""
+        return "tokens" if self.recipe.place.outputs else "flops"
+
+    @property
+    def usual(self) -> Schedule:
+        """The recipe's own schedule."""
+        return Schedule.parse(self.recipe.schedule)
+
     def scaled(self, budget: Budget) -> Schedule:
         """The recipe's own schedule, scaled to a budget: for places without layers of their own."""
-        return Schedule.parse(within(budget, self._step(Schedule.parse(self.recipe.schedule)), self.program).schedule)
+        return Schedule.parse(within(budget, self._step(self.usual), self.program).schedule)
 
     def recipe_at(self, schedule: Schedule) -> Any:
         """The recipe that is the answer where a schedule is."""
@@ -235,6 +267,10 @@ class Problem:
     def reduced(self, schedule: Schedule) -> Program:
         """The program with this schedule."""
         return self._rewritten(schedule).program
+
+    def refused(self, schedule: Schedule) -> str | None:
+        """Why it changes nothing, or less than it says."""
+        return next((refusal.why for refusal in self._rewritten(schedule).refusals), None)
 
     def _rewritten(self, schedule: Schedule) -> PipelineResult:
         return self._measurement.rewritten(str(schedule), self._step_at(schedule))
@@ -305,7 +341,7 @@ class Problem:
                 for i, (inputs, labels) in enumerate(batches):
                     if int((i + 1) * share + 1e-9) > int(i * share + 1e-9):  # all over the data: in order of classes
                         dense = kept[i] if i < len(kept) else None
-                        yield Task(number, str(schedule), step, inputs, labels, dense)
+                        yield Task(number, str(schedule), step, inputs, labels, dense, self.files)
 
         for _, parts in groupby(self.workers.map(self._measurement, tasks()), lambda part: part[0]):
             values: Values = [], []

@@ -30,7 +30,7 @@ from tokenopt.schedule import Budget, Schedule
 from tokenopt.tokens.recipe import TokenRecipe
 
 TRIALS = 24
-AUTO = ("tome", "pitome", "evit", "uniform-grid")  # layer by layer, with nothing to learn
+AUTO = ("tome", "pitome", "evit", "uniform-grid", "biformer", "paro")  # tokens layer by layer, and patterns
 _SPREAD = 2.5  # of the log of a layer's weight, in trials: layers differ by orders of magnitude
 _TIGHTEN = 6  # rewrites until the real program meets the budget that the table promised
 _BUILDS = 3  # engines until one meets the latency that the price promised
@@ -332,28 +332,25 @@ class _Fit:
     def run(self, held_out: Batches | None) -> Calibration:
         problem, budget = self.problem, self.budget
         layerwise, chooses = problem.layerwise, not getattr(self.calibrator, "wary", False)
-        if not layerwise and (chooses or budget.metric not in SHARES):
-            what = "chosen for by a strategy" if chooses else f"fitted to {budget}"
-            why = "it has no schedule of layers: one number is scaled to flops or tokens"
-            raise UsageError(f"recipe {problem.recipe.name} cannot be {what}", why=why)
+        if not layerwise and chooses:
+            why = "it has no schedule of layers: one number is scaled to the budget"
+            raise UsageError(f"recipe {problem.recipe.name} cannot be chosen for by a strategy", why=why)
         if layerwise:
             problem.table()
             self._spent("layers")
         latency: dict[str, Any] = {}
         rows: list[dict[str, Any]] = []
-        if not layerwise:
-            self._only_default()
-            schedule, share = self._best(), budget.share
-        elif budget.metric == "latency":
+        if budget.metric == "latency":
             schedule, share, rows, latency = self._timed()
         else:
             if budget.metric == "drop":
-                problem.price = Price() if self.target is None else self._price(self.target)
+                timed = self.target is not None and problem.counted == "flops"
+                problem.price = self._price(self.target) if timed else Price(problem.counted)
                 share = self._least()
             else:
                 problem.price, share = Price(budget.metric), budget.share
             schedule = self._search(share)
-            if self.target is not None:
+            if self.target is not None and layerwise:
                 schedule, rows = self._gated(schedule)
         evaluate = problem.evaluate
         result = Calibration(schedule, problem.recipe_at(schedule), budget, share, problem.metric, evaluate(schedule))
@@ -376,11 +373,15 @@ class _Fit:
 
     def _search(self, share: float) -> Schedule:
         """The best schedule at a share of the dense model's cost: of the trials, or a fixed one."""
-        table = self.problem.table()
         self.found, self.trials, self.fixed = {}, [], {}
         try:
             with _ctrl_c():
-                self._try_all(share, table)
+                if self.problem.layerwise:
+                    self._try_all(share, self.problem.table())
+                else:
+                    schedule = self._solution(share)
+                    self.fixed = {"default": str(schedule)}
+                    self._tried(schedule, "fixed schedules", 1, 1)
         except KeyboardInterrupt:
             if not self.found:
                 raise
@@ -437,24 +438,28 @@ class _Fit:
         dense = self.problem.accuracy()
         return found.deviation if dense is None or found.accuracy is None else dense - found.accuracy
 
-    def _only_default(self) -> None:
-        """The one number that the recipe has, scaled to the budget."""
-        schedule = self.problem.scaled(self.budget)
-        self.problem.price = Price(self.budget.metric)
-        self.fixed = {"default": str(schedule)}
-        self._tried(schedule, "fixed schedules", 1, 1)
+    def _solution(self, share: float) -> Schedule:
+        """What keeps most at a share of the dense model's cost: by the table of layers, or the one number there is."""
+        problem = self.problem
+        if problem.layerwise:
+            table = problem.table()
+            return met(problem, table, share, lambda target: solve(table, target))
+        counted = problem.price.counted_at(share)
+        if counted <= 0.0:
+            raise BudgetError(f"recipe {problem.recipe.name} cannot meet {share:.0%} of the dense model's latency")
+        return problem.scaled(Budget(problem.price.counted, min(counted, 1.0)))
 
     # -- budgets that are not a share of what can be counted -----------------------------------------------------
 
     def _least(self) -> float:
-        """The least share of the dense model's cost at which the table's solution loses no more than it may."""
-        problem, table = self.problem, self.problem.table()
+        """The least share of the dense model's cost at which the solution loses no more than it may."""
+        problem = self.problem
         low, high = 0.0, 1.0
         for i in range(_HALVINGS):
             problem.progress(f"search the least cost, {high:.0%}", i, _HALVINGS)
             share = (low + high) / 2
             try:
-                schedule = met(problem, table, share, lambda target: solve(table, target))
+                schedule = self._solution(share)
             except BudgetError:
                 low, problem.off = share, 0.0
                 continue
@@ -471,6 +476,12 @@ class _Fit:
         """Solves for a latency that is priced, builds the engine, measures it, and solves again for less if need be."""
         problem, target = self.problem, self.target
         assert target is not None, "latency counts somewhere"
+        if problem.counted != "flops":
+            raise UsageError(
+                f"recipe {problem.recipe.name} cannot be fitted to {self.budget}",
+                why="what it removes leaves the model, so that only what comes after is faster",
+                hint="--budget tokens=50%",
+            )
         problem.progress("measure the price", 0, 0)
         problem.price = self._price(target)
         dense_ms = problem.price.dense_ms
@@ -484,7 +495,7 @@ class _Fit:
                 if not tried:
                     raise
                 break
-            schedule, rows = self._gated(schedule)
+            schedule, rows = self._gated(schedule) if problem.layerwise else (schedule, [])
             problem.progress("measure the engine", i, _BUILDS)
             times = target.race({"dense": problem.program, "reduced": problem.reduced(schedule)})
             found = times["reduced"] / times["dense"]
@@ -505,8 +516,17 @@ class _Fit:
         return schedule, aim, rows, latency
 
     def _price(self, target: Target) -> Price:
-        """Milliseconds as a line, from three programs: dense, fewer tokens at once, and one token less everywhere."""
+        """Milliseconds as a line, from three programs: dense, fewer tokens at once, and one token less everywhere.
+
+        Where one number is all there is, from two: dense, and as the recipe is by itself.
+        """
         problem = self.problem
+        if not problem.layerwise:
+            usual = problem.usual
+            if problem.cost_of(usual, "flops") >= 1.0:
+                raise BudgetError(f"recipe {problem.recipe.name} saves nothing here", why=problem.refused(usual))
+            times = target.race({"dense": problem.program, "usual": problem.reduced(usual)})
+            return Price.fitted(times["dense"], [(problem.cost_of(usual, "flops"), 0, times["usual"])])
         layers = list(problem.places)
         tokens = max(count for _, count in problem.places.values())
         fewer = alone(layers[0], tokens // 2)
