@@ -235,6 +235,25 @@ def test_merges_equal_their_reference(
         torch.testing.assert_close(found, expected, rtol=1e-5 if expected.dtype is torch.float32 else 2e-3, atol=1e-5)
 
 
+@pytest.mark.parametrize("r", [1, 5, 70])
+@pytest.mark.parametrize("shifted", [False, True])
+def test_matches_by_energy_equal_their_reference(tmp_path: Path, r: int, shifted: bool) -> None:
+    """Fewer than all sources, of few tokens and of many; cosines on both sides of the margin."""
+
+    class Match(nn.Module):
+        def forward(self, metric: Tensor) -> tuple[Tensor, ...]:
+            ops = torch.ops.tokenopt
+            energy = ops.token_energy(metric, 0.2, 0.7, shifted, 2, 160)
+            sources, targets = ops.partition_energy(energy, r + 2, 2, 160)
+            return energy, sources, targets, *ops.match_partition(metric, sources, targets, r, 2, 160)
+
+    metric = torch.randn(3, 163, 4, generator=torch.Generator().manual_seed(r))
+    program = capture(Match(), (metric[:2],))
+    engine = runtimes.export(program, tmp_path / "model.onnx")
+    for found, expected in zip(engine(metric), program.flat(metric), strict=True):
+        torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-6)
+
+
 def test_nested_results_of_transformers(tmp_path: Path) -> None:
     transformers = pytest.importorskip("transformers")
     config = transformers.ViTConfig(

@@ -14,7 +14,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from tokenopt.ops import tokens
+from tokenopt.ops import select, tokens
+
+_FEW = 64  # removed tokens up to which comparing all pairs of places costs less than the nodes of a running count
 
 
 def take_tokens(x: Tensor, index: Tensor) -> Tensor:
@@ -32,8 +34,7 @@ def match_bipartite(metric: Tensor, r: int, start: int, stop: int) -> tuple[Tens
     count_a = len(a_positions)
     if not 0 < r < count_a:
         return tokens.match_bipartite(metric, r, start, stop)
-    metric = metric.float()
-    unit = _node("LpNormalization", (metric,), metric.shape, metric.dtype, axis=-1, p=2)
+    unit = _unit(metric)
     a, b = unit.index_select(1, a_positions), unit.index_select(1, b_positions)
     best, partner = (a @ b.transpose(1, 2)).topk(1)
     order = best.topk(count_a, 1).indices
@@ -45,6 +46,41 @@ def match_bipartite(metric: Tensor, r: int, start: int, stop: int) -> tuple[Tens
     src = _node("Gather", (a_positions, merged), merged.shape, merged.dtype)
     dst = partner.gather(1, merged) + (start + count_a - r)
     return index.squeeze(-1), src.squeeze(-1), dst.squeeze(-1)
+
+
+def token_energy(metric: Tensor, margin: float, alpha: float, shifted: bool, start: int, stop: int) -> Tensor:
+    """A sum for each side of the margin, which costs less than choosing; the jump there is a count."""
+    vectors = _unit(metric)[:, start:stop]
+    above = vectors @ vectors.transpose(1, 2) - margin
+    positive = above.relu()
+    energy = positive.mean(-1) + alpha * ((above - positive).exp().mean(-1) - 1)
+    if not shifted:
+        energy = energy + margin * (above >= 0).float().mean(-1)
+    return F.pad(energy, (start, metric.shape[1] - stop))
+
+
+def partition_energy(energy: Tensor, r: int, start: int, stop: int) -> tuple[Tensor, Tensor]:
+    """No more is sorted than is taken."""
+    ranked = energy[:, start:stop].float().unsqueeze(-1).topk(2 * r, 1).indices + start
+    return ranked[:, 0::2].squeeze(-1), ranked[:, 1::2].squeeze(-1)
+
+
+def match_partition(
+    metric: Tensor, sources: Tensor, targets: Tensor, r: int, start: int, stop: int
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Where few are removed: a place is a position less the removed ones before it, and these are counted in pairs."""
+    if not 0 < r <= _FEW or any(places.shape[0] != metric.shape[0] for places in (sources, targets)):
+        return select.match_partition(metric, sources, targets, r, start, stop)
+    unit, total = _unit(metric), metric.shape[1]
+    best, partner = (take_tokens(unit, sources) @ take_tokens(unit, targets).transpose(1, 2)).topk(1)
+    order = best.topk(r, 1).indices
+    removed = sources.unsqueeze(-1).gather(1, order)
+    into = targets.unsqueeze(-1).gather(1, partner.gather(1, order))
+    numbers = torch.arange(total, device=metric.device)
+    gaps = removed.topk(r, 1, largest=False).values - numbers[:r, None]  # kept ones before each removed one
+    index = numbers[: total - r] + (gaps <= numbers[: total - r]).sum(1)
+    dst = into - (removed.transpose(1, 2) < into).sum(-1, keepdim=True)
+    return index, removed.squeeze(-1), dst.squeeze(-1)
 
 
 def merge_tokens(
@@ -69,6 +105,11 @@ def merge_tokens(
     # where several go to one place, all of them write the same
     y = _node("ScatterND", (y, torch.cat([sample, dst], -1), mean.to(x.dtype)), y.shape, y.dtype)
     return y, size.scatter(1, dst, total).squeeze(-1)
+
+
+def _unit(x: Tensor) -> Tensor:
+    x = x.float()
+    return _node("LpNormalization", (x,), x.shape, x.dtype, axis=-1, p=2)
 
 
 def _node(name: str, inputs: tuple[Tensor, ...], shape: Any, dtype: torch.dtype, **attributes: int) -> Tensor:
