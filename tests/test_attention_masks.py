@@ -148,6 +148,18 @@ def test_an_axis_shorter_than_the_window_is_seen_whole() -> None:
     assert mask(Neighborhood(9, stride=9), Layout.of(4, 4)).all()
 
 
+def test_a_window_may_be_a_share_of_each_axis() -> None:
+    layout = Layout.of(10, 20)
+    assert torch.equal(mask(Neighborhood(0.3), layout), mask(Neighborhood((3, 6)), layout))
+    assert torch.equal(mask(Neighborhood(0.4, dilation=2), layout), mask(Neighborhood((2, 4), dilation=2), layout))
+    assert torch.equal(mask(Neighborhood(0.01), layout), mask(Neighborhood(1), layout))
+    assert torch.equal(mask(Neighborhood(0.01, stride=4), layout), mask(Neighborhood(4, stride=4), layout)), "no gaps"
+    assert mask(Neighborhood(1.0), layout).all()
+    assert Neighborhood(7, stride=7).at(0.2) == Neighborhood(0.2, stride=0.2), "blocks stay blocks"
+    with pytest.raises(UsageError, match="not a share of an axis"):
+        Neighborhood(1.5)
+
+
 @settings(max_examples=60, deadline=None)
 @given(axes(), st.sampled_from(["truncate", "zero"]), st.booleans())
 def test_windows_that_do_not_shift(axis: tuple[int, int, int, int, bool], border: str, large: bool) -> None:
@@ -273,6 +285,17 @@ def test_masks_are_a_lattice(a: Mask, b: Mask, c: Mask) -> None:
 def test_text_is_read_back(pattern: Mask) -> None:
     assert parse(repr(pattern)) == pattern and hash(parse(repr(pattern))) == hash(pattern)
     assert parse(pattern) is pattern
+
+
+@settings(max_examples=25, deadline=None)
+@given(MASKS, st.floats(0.01, 1.0), st.floats(0.01, 1.0))
+def test_a_larger_share_sees_as_much(pattern: Mask, a: float, b: float) -> None:
+    """Those around windows keep what they are; a pattern without a window has no share."""
+    less, more = (pattern.at(share) for share in sorted((a, b)))
+    assert (less is None) == ("Neighborhood" not in repr(pattern))
+    if less is not None and "stride" not in repr(pattern):  # blocks of other sizes have other borders
+        assert (heads(more) | ~heads(less)).all()
+        assert parse(repr(less)) == less
 
 
 def test_heads_have_patterns_of_their_own() -> None:

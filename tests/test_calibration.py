@@ -260,7 +260,7 @@ def test_what_cannot_be_fitted_is_refused() -> None:
         learned = {"name": "learned", "select": "threshold", "fuse": "weighted", "schedule": {"r": 4}}
         fit(learned, data(), budget="flops=80%")
     with pytest.raises(UsageError, match="no schedule to calibrate"):
-        fit("nat", data(), budget="flops=80%")
+        fit("agent", data(), budget="flops=80%")
     with pytest.raises(UsageError, match="needs data"):
         tokenopt.optimize(program(), recipe="tome", budget="latency=0.9x")
     with pytest.raises(UsageError, match="no target"):

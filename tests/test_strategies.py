@@ -18,7 +18,7 @@ from tests.references import images
 from tests.test_calibration import run
 from tests.test_fitting import PerToken
 from tokenopt import calibration, fitting, recipes, registry
-from tokenopt.attention import Paro, Predicted
+from tokenopt.attention import Neighborhood, Paro, Predicted
 from tokenopt.attention.recipe import AttentionRecipe
 from tokenopt.calibration import ExitLayer, Problem, Search, Target, Thresholds, strategies
 from tokenopt.calibration.learned import Patterns, problem_of
@@ -248,6 +248,15 @@ def test_a_share_of_the_attention_says_how_many_blocks() -> None:
     found = calibration.fit(larger(), "Routed(4, topk=1)", **pattern_options(images(4, 64), "flops=80%"))
     (pattern,) = found.recipe.pattern.values()
     assert pattern.mass == found.schedule.keep and pattern.topk is None and found.chosen.cost <= 0.8
+
+
+@pytest.mark.usefixtures("small_tiles")
+def test_windows_are_the_largest_within_the_budget(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("tokenopt.calibration.learned.attended", lambda *_: pytest.fail("nothing is learned"))
+    found = calibration.fit(larger(), "swin", **pattern_options(images(4, 64), "flops=80%"))
+    share = found.schedule.keep
+    assert found.recipe.pattern["::2"] == Neighborhood(share, stride=share) and found.chosen.cost <= 0.8
+    assert Patterns(larger(), recipes.get("swin"), [([images(4, 64)], None)]).cost(Schedule(keep=share + 0.02)) > 0.8
 
 
 @pytest.mark.usefixtures("small_tiles")

@@ -46,8 +46,9 @@ class Neighborhood(Mask):
     borders, so that every query sees exactly ``prod(window)`` keys.
 
     Attributes:
-        window: keys per axis; an axis that is shorter is seen whole, where windows shift.
-        stride: queries that share the window of their middle one; ``stride == window`` makes blocks.
+        window: keys per axis; an axis that is shorter is seen whole, where windows shift. A number with a point, up to
+            1.0, is a share of each axis.
+        stride: queries that share the window of their middle one, or a share too; ``stride == window`` makes blocks.
         dilation: steps between the keys of a window.
         causal: per axis, whether keys after the query are hidden; the window ends at the query then.
         border: "shift"; "truncate" (keys beyond the border are missing); "zero" (they are there, and zero, as in
@@ -58,8 +59,8 @@ class Neighborhood(Mask):
         Vaswani et al., HaloNet, arXiv:2103.12731 (border).
     """
 
-    window: Sizes
-    stride: Sizes = 1
+    window: Sizes | float
+    stride: Sizes | float = 1
     dilation: Sizes = 1
     causal: bool | tuple[bool, ...] = False
     border: str = "shift"
@@ -72,6 +73,8 @@ class Neighborhood(Mask):
             value = getattr(self, name)
             if not all(v > 0 for v in (value if isinstance(value, tuple) else (value,))):
                 raise UsageError(f"{name}={value!r} of Neighborhood is not positive", hint=f"{name}=3 or {name}=(3, 5)")
+            if isinstance(value, float) and value > 1.0:
+                raise UsageError(f"{name}={value!r} of Neighborhood is not a share of an axis", hint=f"{name}=0.3")
 
     def allows(self, query: Tokens, key: Tokens) -> Tensor:
         allowed = torch.ones(len(query.index), len(key.index), dtype=torch.bool)
@@ -95,6 +98,10 @@ class Neighborhood(Mask):
         rank = len(grid)
         window, stride, dilation = (each(v, rank) for v in (self.window, self.stride, self.dilation))
         causal = each(self.causal, rank)
+        whole = [n // d for n, d in zip(grid, dilation, strict=True)]
+        stride = tuple(_size(s, n) for s, n in zip(stride, whole, strict=True))
+        if isinstance(self.window, float):  # which leaves no gaps
+            window = tuple(max(_size(w, n), s) for w, n, s in zip(window, whole, stride, strict=True))
         if self.border == "shift":
             window = tuple(min(w, n // d) for w, n, d in zip(window, grid, dilation, strict=True))
         for w, s, d, n in zip(window, stride, dilation, grid, strict=True):
@@ -103,6 +110,10 @@ class Neighborhood(Mask):
             if s > w and w < n // d:
                 raise Refused(f"a stride of {s} leaves gaps between windows of {w}", "a stride of at most the window")
         return window, tuple(map(min, stride, window)), dilation, causal
+
+    def at(self, share: float) -> Neighborhood:
+        """Windows that are a share of each axis; blocks stay blocks."""
+        return replace(self, window=share, stride=share if self.stride == self.window else self.stride)
 
     def bounds(
         self, q: Tensor, length: int, window: int, stride: int, dilation: int, causal: bool
@@ -156,6 +167,11 @@ class Neighborhood(Mask):
         if max(stride) > 1 and prod(stride) < 64:  # whole groups of the stride, about 8 to a side
             shapes.append(tuple(s * max(8 // s, 1) for s in stride))
         yield from box_tilings(layout.grid, dilation, shapes)
+
+
+def _size(value: float, length: int) -> int:
+    """A size, or a share of an axis in steps of the dilation."""
+    return max(round(value * length), 1) if isinstance(value, float) else value
 
 
 @dataclass(frozen=True, repr=False)

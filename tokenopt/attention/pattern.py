@@ -102,9 +102,17 @@ class Pattern:
     def at(self, share: float) -> Pattern | None:
         """The pattern with the number that says how much is seen set to a share; None where there is no such number.
 
-        A larger share never sees less.
+        A larger share sees as much or more. A pattern made of others has the numbers of these.
         """
-        return None
+        found = {}
+        for f in fields(self):  # type: ignore[arg-type]
+            value = getattr(self, f.name)
+            parts = value if isinstance(value, tuple) else (value,)
+            changed = [part.at(share) if isinstance(part, Pattern) else None for part in parts]
+            if any(changed):
+                parts = tuple(new or old for new, old in zip(changed, parts, strict=True))
+                found[f.name] = parts if isinstance(value, tuple) else parts[0]
+        return replace(self, **found) if found else None
 
     def fit(self, layout: Layout, query: Tensor, key: Tensor) -> tuple[Pattern, dict[str, Tensor]]:
         """The pattern fitted on queries and keys [B, H, N, D] of one attention, and its weights by name.
@@ -510,5 +518,5 @@ def _fits(value: Any, wanted: Any) -> bool:
     if wanted in (int, bool):
         return type(value) is wanted and abs(value) < 2**31
     if wanted is float:
-        return type(value) in (float, int)
+        return type(value) is float or _fits(value, int)
     return not isinstance(wanted, type) or isinstance(value, wanted)

@@ -81,6 +81,10 @@ class Patterns(_Learning):
     recipe: Any
     layerwise, counted, usual = False, "flops", _USUAL
 
+    @property
+    def _learns(self) -> bool:
+        return any(pattern.unfitted for pattern in self.recipe.at(1.0).pattern.values())
+
     @cached_property
     def _seen(self) -> Attended:
         self.passes += 1
@@ -91,13 +95,15 @@ class Patterns(_Learning):
 
     def _step(self, schedule: Schedule) -> SparsifyAttention:
         recipe = self._fitted.at(schedule.keep)
-        if not self._ready(recipe):
+        if self._learns and not self._ready(recipe):
             recipe = fit_to(recipe, self._seen, self._file_of(str(schedule)))
         return SparsifyAttention(recipe=recipe)
 
     @cached_property
     def _fitted(self) -> AttentionRecipe:
         """The recipe, with what does not depend on the share learned."""
+        if not self._learns:
+            return self.recipe
         found = fit_to(self.recipe.at(1.0), self._seen, self.weights or self._file_of("weights"))
         scalable = all(p.at(1.0) is not None for p in found.pattern.values())
         return found if scalable and self._ready(found.at(1.0)) else self.recipe

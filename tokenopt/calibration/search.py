@@ -17,7 +17,6 @@ from typing import Any, ClassVar, Protocol
 import numpy as np
 
 from tokenopt import recipes, registry
-from tokenopt.budget import SHARES
 from tokenopt.calibration.learned import problem_of
 from tokenopt.calibration.price import Price, Target, gate
 from tokenopt.calibration.problem import Batches, Evaluation, Problem, alone, schedule_of
@@ -30,7 +29,7 @@ from tokenopt.schedule import Budget, Schedule
 from tokenopt.tokens.recipe import TokenRecipe
 
 TRIALS = 24
-AUTO = ("tome", "pitome", "evit", "uniform-grid", "biformer", "paro")  # tokens layer by layer, and patterns
+AUTO = ("tome", "pitome", "evit", "uniform-grid", "nat", "biformer", "paro")  # tokens layer by layer, and patterns
 _SPREAD = 2.5  # of the log of a layer's weight, in trials: layers differ by orders of magnitude
 _TIGHTEN = 6  # rewrites until the real program meets the budget that the table promised
 _BUILDS = 3  # engines until one meets the latency that the price promised
