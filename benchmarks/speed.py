@@ -107,7 +107,7 @@ def main() -> None:
                 x = torch.randn(batch, 3, size, size)
                 calls = {part: (lambda e=engine, x=x: e(x)) for part, engine in engines.items()}
                 dense, reduced, sliced = benchmark(calls, rounds=options.rounds, warmup=1)
-                merging = (reduced.median_ms - sliced.median_ms) / reduced.median_ms
+                merging = 1 - reduced.ratio / sliced.ratio
                 times = " | ".join(f"{t.median_ms:.1f} ({t.iqr_ms:.1f})" for t in (dense, reduced, sliced))
                 lines.append(
                     f"| {name} {size} | {schedule} | {batch} | {times} | {reduced.ratio:.2f}x | {flops:.2f}x "

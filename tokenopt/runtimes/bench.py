@@ -25,7 +25,7 @@ class Timing:
 
     Args:
         median_ms, iqr_ms: median and interquartile range over the rounds, in milliseconds per call.
-        ratio: how many times faster than the first: its median over this one.
+        ratio: how many times faster than the first: median over the rounds, each compared within itself.
     """
 
     name: str
@@ -53,8 +53,9 @@ def benchmark(calls: Mapping[str, Callable[[], Any]], rounds: int = 20, warmup: 
         shift = i % len(names)
         for name in names[shift:] + names[:shift]:
             samples[name].append(_seconds(calls[name], repeats[name]) * 1e3)
-    medians = {name: statistics.median(values) for name, values in samples.items()}
-    return [Timing(n, medians[n], _spread(samples[n]), medians[names[0]] / medians[n], rounds) for n in names]
+    first = samples[names[0]]
+    ratios = {n: statistics.median(a / b for a, b in zip(first, samples[n], strict=True)) for n in names}
+    return [Timing(n, statistics.median(samples[n]), _spread(samples[n]), ratios[n], rounds) for n in names]
 
 
 def bench(
