@@ -4,8 +4,8 @@ The 8 x 8 images are enlarged to 32 x 32 and cut into patches of 4 x 4: 64 patch
 
     digits.pt           the whole module, as torch.save(model) leaves it
     digits.safetensors  its weights alone
-    digits-calib.npz    the training images, as input x
-    digits-test.npz     the held-out images, as input x
+    digits-calib.npz    the training images, as input x, and their labels
+    digits-test.npz     the held-out images, and their labels
 """
 
 from __future__ import annotations
@@ -75,8 +75,8 @@ def main() -> None:
 
     options.out.mkdir(parents=True, exist_ok=True)
     save_file(model.state_dict(), options.out / "digits.safetensors")
-    np.savez(options.out / "digits-calib.npz", x=images.numpy())
-    np.savez(options.out / "digits-test.npz", x=test_images.numpy())
+    np.savez(options.out / "digits-calib.npz", x=images.numpy(), labels=labels.numpy())
+    np.savez(options.out / "digits-test.npz", x=test_images.numpy(), labels=test_labels.numpy())
     torch.save(model, options.out / "digits.pt")  # last: the Makefile takes it as the sign that all are there
 
 

@@ -224,6 +224,7 @@ class Report:
             parts += [Text(f"also {verb} {', '.join(added)}")] if added else []
         for use in ("fitted", "checked"):
             parts += [Text(f"{use} on {_data_line(self.data[use])}")] if self.data.get(use) else []
+        parts += [Text(line) for line in calibration_lines(self.calibration)]
         return Group(*parts, *(table for table in self._tables(folder) if table.row_count))
 
     def _tables(self, folder: str | os.PathLike[str]) -> Iterator[Any]:
@@ -231,6 +232,7 @@ class Report:
         for row in self.gains():
             gains.add_row(*row)
         yield gains
+        yield calibration_table(self.calibration)
         yield pattern_table(self.patterns)
         yield parity_table(merged(self.parity))
         yield refusal_table(self.refusals)
@@ -246,6 +248,44 @@ def dumps(value: Any) -> str:
 
 
 # -- parts of tables, shared with the other verbs ----------------------------------------------------------------
+
+
+def calibration_lines(fit: Mapping[str, Any]) -> list[str]:
+    """What a calibration minimised, what that took, the latency it measured, and what was taken back."""
+    if "fitted" not in fit:
+        return []
+    lines = [f"recipe {fit['recipe']}, {fit['budget']}, deviation: {fit['metric']}"]
+    spent = (
+        f"{stage.replace('_', ' ')} {e['passes']:.0f} in {e['seconds']:.1f} s" for stage, e in fit["effort"].items()
+    )
+    lines.append(f"forward passes over {fit['fitted']['samples']} samples: {', '.join(spent)}")
+    if latency := fit["latency"]:
+        lines.append(f"{latency['ms']:.3f} ms of {latency['dense_ms']:.3f} ms ({latency['ratio']:.2f}x), "
+                     f"{latency['source']}{'' if latency['met'] else '; the budget is not met'}")  # fmt: skip
+    return lines + [f"taken back: {row['site']}, {row['why']}" for row in fit["reverted"]]
+
+
+def calibration_table(fit: Mapping[str, Any]) -> Any:
+    """The schedule that was chosen beside fixed ones of its recipe, on the data that were fitted on and on others.
+
+    Of recipes that were not chosen, the best schedule.
+    """
+    table = new_table("schedule", "cost", "deviation", "held out", "accuracy", right=(1, 2, 3, 4))
+    if "fitted" not in fit:
+        return table
+    held_out = fit["held_out"]
+    fixed = held_out.get("fixed", {})
+    chosen = {"name": f"chosen: {fit['fitted']['schedule']}", **fit["fitted"]}
+    points = [chosen, *(p for p in fit["front"] if p["kind"] != "calibrated" and p["recipe"] == fit["recipe"])]
+    for point in points:
+        held = held_out if point is chosen else fixed.get(point["name"], {})
+        numbers = (held.get("deviation"), held.get("accuracy"))
+        cells = [f"{point['deviation']:.4g}", *("" if n is None else f"{n:.4g}" for n in numbers)]
+        table.add_row(point["name"], f"{point['cost']:.1%}", *cells)
+    least = sorted((p for p in fit["front"] if p["kind"] != "random"), key=lambda p: p["deviation"], reverse=True)
+    for recipe, point in {p["recipe"]: p for p in least if p["recipe"] != fit["recipe"]}.items():
+        table.add_row(f"{recipe} {point['name']}", f"{point['cost']:.1%}", f"{point['deviation']:.4g}", "", "")
+    return table
 
 
 def new_table(*columns: str, right: tuple[int, ...] = ()) -> Any:

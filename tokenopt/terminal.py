@@ -11,7 +11,14 @@ from rich.console import Console, Group, RenderableType
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 from rich.text import Text
 
-from tokenopt.report import new_table, parity_table, pattern_table, refusal_table
+from tokenopt.report import (
+    calibration_lines,
+    calibration_table,
+    new_table,
+    parity_table,
+    pattern_table,
+    refusal_table,
+)
 
 _WIDTH = 160  # of what is piped: tables are folded less than on a terminal of 80
 
@@ -108,26 +115,7 @@ def exported(found: dict[str, Any]) -> RenderableType:
 
 def calibrated(found: dict[str, Any]) -> RenderableType:
     """The schedule, and how it compares with fixed ones on data that were not fitted on."""
-    fit, held_out = found["calibration"], found["calibration"]["held_out"]
-    table = new_table("schedule", "cost", "deviation", "held out", "accuracy", right=(1, 2, 3, 4))
-    fixed = held_out.get("fixed", {})
-    chosen = {"name": f"chosen: {fit['fitted']['schedule']}", **fit["fitted"]}
-    points = [chosen, *(p for p in fit["front"] if p["kind"] != "calibrated" and p["recipe"] == fit["recipe"])]
-    for point in points:
-        held = held_out if point is chosen else fixed.get(point["name"], {})
-        numbers = (held.get("deviation"), held.get("accuracy"))
-        cells = [f"{point['deviation']:.4g}", *("" if n is None else f"{n:.4g}" for n in numbers)]
-        table.add_row(point["name"], f"{point['cost']:.1%}", *cells)
-    lines = [f"recipe {fit['recipe']}, {fit['budget']}, deviation: {fit['metric']}"]
-    spent = (
-        f"{stage.replace('_', ' ')} {e['passes']:.0f} in {e['seconds']:.1f} s" for stage, e in fit["effort"].items()
-    )
-    lines.append(f"forward passes over {fit['fitted']['samples']} samples: {', '.join(spent)}")
-    if latency := fit["latency"]:
-        lines.append(f"{latency['ms']:.3f} ms of {latency['dense_ms']:.3f} ms ({latency['ratio']:.2f}x), "
-                     f"{latency['source']}{'' if latency['met'] else '; the budget is not met'}")  # fmt: skip
-    lines += [f"taken back: {row['site']}, {row['why']}" for row in fit["reverted"]]
-    return Group(Text("\n".join(lines)), table)
+    return Group(Text("\n".join(calibration_lines(found["calibration"]))), calibration_table(found["calibration"]))
 
 
 def bench_table(rows: list[dict[str, Any]]) -> RenderableType:
