@@ -20,7 +20,7 @@ _PAIRS = 2**25  # pairs of tokens looked at in one go
 # What tiles cost in units of one query-key pair of dense attention, fitted to ONNX Runtime on a CPU with AVX-512
 # (benchmarks/attention.py): a pair in small batched products costs more than a dense one, with a mask about twice as
 # much, and gathering a key with its value, opening a tile, and gathering a query and its result cost so many pairs.
-_PAIR, _MASKED, _KEY, _TILE, _QUERY = 1.3, 1.9, 22.0, 3500.0, 55.0
+_PAIR, _MASKED, _KEY, _TILE, _QUERY = 1.3, 1.9, 26.0, 3500.0, 55.0
 
 
 @dataclass(frozen=True)
