@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from tokenopt import capture, runtimes
 from tokenopt.errors import LoweringError, ParityError, TokenoptError, UsageError
 from tokenopt.program import Program
+from tokenopt.runtimes import lowering_tokens
 from tokenopt.runtimes import onnx as onnx_runtime
 from tokenopt.runtimes.compare import verify
 from tokenopt.runtimes.onnxruntime import OnnxRuntimeEngine
@@ -235,17 +236,26 @@ def test_merges_equal_their_reference(
         torch.testing.assert_close(found, expected, rtol=1e-5 if expected.dtype is torch.float32 else 2e-3, atol=1e-5)
 
 
-@pytest.mark.parametrize("r", [1, 5, 70])
-@pytest.mark.parametrize("shifted", [False, True])
-def test_matches_by_energy_equal_their_reference(tmp_path: Path, r: int, shifted: bool) -> None:
-    """Fewer than all sources, of few tokens and of many; cosines on both sides of the margin."""
+@pytest.mark.parametrize(("r", "pairs", "shifted"), [(1, 2**15, False), (70, 2**15, True), (5, 0, False)])
+def test_matches_by_energy_equal_their_reference(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, r: int, pairs: int, shifted: bool
+) -> None:
+    """Fewer than all sources, of few tokens and of many, own ones of each sample and shared ones; cosines on both sides
+    of the margin."""
 
     class Match(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            monkeypatch.setattr(lowering_tokens, "_PAIRS", pairs)
+            self.register_buffer("even", torch.arange(2, 160, 2)[None])
+            self.register_buffer("odd", torch.arange(3, 160, 2)[None])
+
         def forward(self, metric: Tensor) -> tuple[Tensor, ...]:
             ops = torch.ops.tokenopt
             energy = ops.token_energy(metric, 0.2, 0.7, shifted, 2, 160)
             sources, targets = ops.partition_energy(energy, r + 2, 2, 160)
-            return energy, sources, targets, *ops.match_partition(metric, sources, targets, r, 2, 160)
+            shared = ops.match_partition(metric, self.even, self.odd, r, 2, 160)
+            return energy, sources, targets, *ops.match_partition(metric, sources, targets, r, 2, 160), *shared
 
     metric = torch.randn(3, 163, 4, generator=torch.Generator().manual_seed(r))
     program = capture(Match(), (metric[:2],))

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from tokenopt.ops import select, tokens
 
-_FEW = 64  # removed tokens up to which comparing all pairs of places costs less than the nodes of a running count
+_PAIRS = 2**15  # of removed tokens and places, up to which comparing them costs less than the nodes of a running count
 
 
 def take_tokens(x: Tensor, index: Tensor) -> Tensor:
@@ -68,19 +68,30 @@ def partition_energy(energy: Tensor, r: int, start: int, stop: int) -> tuple[Ten
 def match_partition(
     metric: Tensor, sources: Tensor, targets: Tensor, r: int, start: int, stop: int
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Where few are removed: a place is a position less the removed ones before it, and these are counted in pairs."""
-    if not 0 < r <= _FEW or any(places.shape[0] != metric.shape[0] for places in (sources, targets)):
-        return select.match_partition(metric, sources, targets, r, start, stop)
+    """A place is a position less the removed ones before it: where they are few, these are counted in pairs."""
     unit, total = _unit(metric), metric.shape[1]
-    best, partner = (take_tokens(unit, sources) @ take_tokens(unit, targets).transpose(1, 2)).topk(1)
+    if not 0 < r * total <= _PAIRS:
+        return select.match_partition(metric, sources, targets, r, start, stop)
+    best, partner = (_rows(unit, sources) @ _rows(unit, targets).transpose(1, 2)).topk(1)
     order = best.topk(r, 1).indices
-    removed = sources.unsqueeze(-1).gather(1, order)
-    into = targets.unsqueeze(-1).gather(1, partner.gather(1, order))
+    removed, into = _places(sources, order), _places(targets, partner.gather(1, order))
     numbers = torch.arange(total, device=metric.device)
     gaps = removed.topk(r, 1, largest=False).values - numbers[:r, None]  # kept ones before each removed one
     index = numbers[: total - r] + (gaps <= numbers[: total - r]).sum(1)
     dst = into - (removed.transpose(1, 2) < into).sum(-1, keepdim=True)
     return index, removed.squeeze(-1), dst.squeeze(-1)
+
+
+def _rows(x: Tensor, places: Tensor) -> Tensor:
+    """Rows [B, R, D] at places [B, R], or [1, R] that all samples share."""
+    return x.index_select(1, places[0]) if isinstance(places.shape[0], int) else take_tokens(x, places)
+
+
+def _places(places: Tensor, index: Tensor) -> Tensor:
+    """Those of places [B, R], or [1, R], at an index [B, K, 1]."""
+    if isinstance(places.shape[0], int):
+        return _node("Gather", (places[0], index), index.shape, index.dtype)
+    return places.unsqueeze(-1).gather(1, index)
 
 
 def merge_tokens(
