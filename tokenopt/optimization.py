@@ -234,6 +234,7 @@ def _steps(
 ) -> list[Pass]:  # fmt: skip
     if passes is not None:
         return parse_passes(passes) if isinstance(passes, str) else list(passes)
+    require_one(recipe)
     if isinstance(found := recipes.get(recipe), AttentionRecipe):
         if schedule is not None or short:
             raise UsageError(f"recipe {found} keeps all tokens", why="it has no schedule and no short outputs")
@@ -242,6 +243,16 @@ def _steps(
     reduce = ReduceTokens(_recipe(recipe), schedule, dict(settings or {}), short)
     reduce.resolved()  # a wrong recipe or schedule is an error before any work is done
     return [*canonical_passes(), reduce, RemoveDead()]
+
+
+def require_one(recipe: Any) -> None:
+    """Raises: UsageError for several recipes, which only a budget and data choose from."""
+    if isinstance(recipe, str) and len(found := calibration.candidates(recipe)) > 1:
+        names = ", ".join(str(one) for one in found)
+        raise UsageError(
+            f"there are several recipes: {names}", why="which is best is seen on data, within a budget",
+            hint="a budget and data (--budget flops=60% --data PATH), or one of them",
+        )  # fmt: skip
 
 
 def learns(step: Pass) -> bool:
@@ -289,7 +300,9 @@ def _learned_part(step: Pass) -> tuple[str, str]:
 def _budgeted(steps: list[Pass], budget: Budget, program: Program) -> list[Pass]:
     reducing = [s for s in steps if isinstance(s, ReduceTokens)]
     if len(reducing) != 1:
-        raise UsageError(f"the budget {budget} is for one reduction, and there are {len(reducing)}")
+        patterns = any(isinstance(s, SparsifyAttention) for s in steps)
+        hint = "give data, and a budget sets how much a pattern sees (--data PATH)" if patterns else None
+        raise UsageError(f"the budget {budget} is for one reduction, and there are {len(reducing)}", hint=hint)
     return [within(budget, s, program) if s is reducing[0] else s for s in steps]
 
 

@@ -24,7 +24,7 @@ from tokenopt.errors import LoweringError, TokenoptError, UsageError
 from tokenopt.gallery import Sample, gallery
 from tokenopt.inspection import inspect
 from tokenopt.loading import load_program
-from tokenopt.optimization import Result, learns, optimize
+from tokenopt.optimization import Result, learns, optimize, require_one
 from tokenopt.passes.reduce_tokens import ReduceTokens
 from tokenopt.passes.sparsify_attention import SparsifyAttention
 from tokenopt.pipeline import parse_passes
@@ -271,6 +271,8 @@ def optimize_model(
     if fitting.strategy is not None and not fits:
         raise UsageError(f"there is nothing that the strategy {fitting.strategy} could choose",
                          hint="--budget flops=60% and --data PATH, without --passes")  # fmt: skip
+    if passes is None and not fits:
+        require_one(recipe)
     learned_from = _check_method(recipe, schedule, settings, passes, min_speedup, short_outputs)
     if fitting.workers is not None and not fits:
         raise UsageError("workers have nothing to do", why="they fit a budget to data", hint="--budget and --data")

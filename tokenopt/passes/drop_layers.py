@@ -149,9 +149,7 @@ class _Dropper(GraphEditor):
         rest = self._rest(after, after, dim, where)
         self._put(leave, after, self._recomputed({after: rest}, leave, where), where, own)
 
-    def drop_heads(
-        self, site: AttentionSite, cut: StreamCut | None, heads: set[int], segment: str, seen: bool
-    ) -> None:
+    def drop_heads(self, site: AttentionSite, cut: StreamCut | None, heads: set[int], segment: str, seen: bool) -> None:
         node = site.node
         if site.refusal is not None:
             raise Refused(site.refusal.why, site.refusal.hint)
