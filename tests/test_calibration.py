@@ -365,7 +365,7 @@ def run(*arguments: object) -> int:
 @pytest.fixture
 def files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> tuple[Path, Path]:
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
-    monkeypatch.setattr("tokenopt.calibration.search.Search", lambda: FEW)
+    monkeypatch.setattr("tokenopt.calibration.fitter.Search", lambda: FEW)
     np.savez(tmp_path / "data.npz", **{name: t.numpy() for name, t in data(10).items()})
     return Path(program().save(tmp_path / "model.pt2")), tmp_path / "data.npz"
 
