@@ -226,7 +226,8 @@ def test_merges_equal_their_reference(
             ops = torch.ops.tokenopt
             plan = ops.match_bipartite(metric, r, start, stop)
             crowded = plan[0], plan[1], plan[2] * 0 + start
-            return *plan, *(t for p in (plan, crowded) for t in ops.merge_tokens(x, 1000 * size.exp(), *p, True))
+            weights = (1000 * size.exp(), None)
+            return *plan, *(t for p in (plan, crowded) for w in weights for t in ops.merge_tokens(x, w, *p, True))
 
     batch = torch.randn(3, tokens, 6, dtype=dtype), torch.randn(3, tokens, 5), torch.randn(3, tokens)
     program = capture(Merge(), tuple(t[:2] for t in batch))

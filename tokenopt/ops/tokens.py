@@ -143,7 +143,7 @@ def token_map(index: Tensor, src: Tensor, dst: Tensor, total: int) -> Tensor:
     places = torch.arange(index.shape[1], device=index.device)[None].expand(index.shape[0], -1)
     where = torch.cat([index, src], 1)
     value = torch.cat([places, dst], 1)
-    return torch.zeros_like(where).scatter(1, where, value)
+    return where.scatter(1, where, value)  # every position is written
 
 
 @op("(Tensor x, Tensor index, Tensor src, int start, int count) -> Tensor")

@@ -106,12 +106,13 @@ def merge_tokens(
     index, src, dst = index.unsqueeze(-1), src.unsqueeze(-1), dst.unsqueeze(-1)
     same = (dst == dst.transpose(1, 2)).to(wide)  # [B, R, R]: which removed tokens go to one place
     if weight is None:
-        size, part = torch.ones_like(index, dtype=wide), torch.ones_like(src, dtype=wide)
+        size, total = torch.ones_like(index, dtype=wide), same.sum(-1, keepdim=True) + 1.0
+        mean = into + same @ ((moved - into) / total)
     else:
         weight = weight.unsqueeze(-1).to(wide)
         size, part = weight.gather(1, index), weight.gather(1, src)
-    total = size.gather(1, dst) + same @ part
-    mean = into + same @ ((moved - into) * (part / total))
+        total = size.gather(1, dst) + same @ part
+        mean = into + same @ ((moved - into) * (part / total))
     sample = torch.arange(x.shape[0], device=x.device)[:, None, None].expand(-1, src.shape[1], 1)
     # where several go to one place, all of them write the same
     y = _node("ScatterND", (y, torch.cat([sample, dst], -1), mean.to(x.dtype)), y.shape, y.dtype)
