@@ -176,6 +176,17 @@ def test_numbers_that_are_missing_leave_a_gap() -> None:
     Page(render(report))
 
 
+def test_schedules_of_other_recipes_have_a_mark_of_their_own() -> None:
+    report = full_report()
+    rows = [{"name": "r=8", "kind": "calibrated", "cost": 0.6, "deviation": d, "recipe": r, "chosen": r == "tome"}
+            for r, d in (("tome", 0.04), ("evit", 0.05))]  # fmt: skip
+    report.calibration["front"] = rows
+    page = render(report)
+    marks = re.findall(r"<title>([^<]*)</title>[^>]*>?[^<]*</path>|class=\"mark (k-[a-z-]+)\"", page)
+    assert [m[1] for m in marks if m[1]] == ["k-other-recipe", "k-calibrated"]  # the chosen one is drawn last
+    assert "evit r=8 (other-recipe)" in page and "tome r=8 (calibrated)" in page
+
+
 # -- charts ------------------------------------------------------------------------------------------------------------
 
 

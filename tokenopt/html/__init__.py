@@ -30,7 +30,7 @@ from tokenopt.report import (
 if TYPE_CHECKING:
     from tokenopt.gallery import Sample, Stage
 
-_KINDS = ("calibrated", "baseline", "random", "fixed")
+_KINDS = ("calibrated", "other-recipe", "random", "fixed")
 _STAGES = 12  # of a sample that are drawn, evenly chosen
 _OPEN = 12  # rows of a table of values beside its chart that are shown without a click
 _HERE = Path(__file__).parent
@@ -212,18 +212,23 @@ def _sensitivity(found: Mapping[str, Any]) -> Section:
 
 
 def _front(found: Mapping[str, Any]) -> Section:
-    section, points = Section("Pareto front"), found.get("front") or []
+    section, points, marks = Section("Pareto front"), found.get("front") or [], []
     points = [p for p in points if p.get("cost") is not None and p.get("deviation") is not None]
     if points:
-        marks = [Mark(str(p["name"]), p["kind"] if p["kind"] in _KINDS else "fixed", 100 * p["cost"], p["deviation"],
-                      bool(p.get("chosen"))) for p in points]  # fmt: skip
+        chosen = next((p.get("recipe") for p in points if p.get("chosen")), None)
+        for p in points:
+            other = p.get("recipe") != chosen and p["kind"] == "calibrated"
+            kind = "other-recipe" if other else p["kind"] if p["kind"] in _KINDS else "fixed"
+            name = f"{p['recipe']} {p['name']}" if p.get("recipe") else str(p["name"])
+            marks.append(Mark(name, kind, 100 * p["cost"], p["deviation"], bool(p.get("chosen"))))
         section.lead = "Cost against deviation: what lies lower and further left is better. The line is the front."
         unit = str(found.get("budget") or "cost").split("=")[0]
         section.figures.append(charts.scatter("Schedules tried", marks, f"{unit}, % of dense", "deviation"))
         order = sorted(points, key=lambda p: (not p.get("chosen"), p["cost"]))
-        cells = [(p["name"], p["kind"], _percent(p["cost"]), _number(p["deviation"]),
+        cells = [(p.get("recipe"), p["name"], p["kind"], _percent(p["cost"]), _number(p["deviation"]),
                   "chosen" if p.get("chosen") else "") for p in order]  # fmt: skip
-        section.tables.append(Table(("schedule", "kind", "cost", "deviation", ""), _text(cells), (2, 3), "Values"))
+        heads = ("recipe", "schedule", "kind", "cost", "deviation", "")
+        section.tables.append(Table(heads, _text(cells), (3, 4), "Values"))
     trials = [t for t in found.get("trials") or [] if t.get("deviation") is not None]
     if len(trials) > 1:
         best = [min(t["deviation"] for t in trials[: i + 1]) for i in range(len(trials))]

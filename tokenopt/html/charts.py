@@ -99,7 +99,7 @@ def scatter(title: str, marks: Sequence[Mark], x_label: str, y_label: str) -> Ma
             body.append(tag("circle", cx=x, cy=y, r=9, class_="ring"))
     kinds = list(dict.fromkeys(m.kind for m in marks))
     description = f"{y_label} over {x_label}, {len(marks)} points: {', '.join(kinds)}"
-    legend = [(kind, f"key k-{kind}") for kind in kinds]
+    legend = [(kind.replace("-", " "), f"key k-{kind}") for kind in kinds]
     legend += [("chosen", "key chosen")] if any(m.chosen for m in marks) else []
     return _figure(title, _svg(title, description, body), legend)
 
@@ -305,12 +305,12 @@ def _path(places: Sequence[Point]) -> str:
 
 
 def _shape(kind: str, x: float, y: float) -> str:
-    """A disc for what was calibrated, a diamond for baselines, a cross for random, a square for fixed schedules."""
+    """A disc: calibrated; a diamond: so with another recipe; a cross: random; a square: a fixed schedule."""
     if kind == "random":
         return f"M{x - 4:.1f} {y - 4:.1f}l8 8m0 -8l-8 8"
     if kind == "fixed":
         return f"M{x - 4:.1f} {y - 4:.1f}h8v8h-8z"
-    if kind == "baseline":
+    if kind == "other-recipe":
         return f"M{x:.1f} {y - 6:.1f}l6 6l-6 6l-6 -6z"
     return f"M{x - 4:.1f} {y:.1f}a4 4 0 1 0 8 0a4 4 0 1 0 -8 0z"
 
