@@ -105,7 +105,7 @@ class Pattern:
         A larger share sees as much or more. A pattern made of others has the numbers of these.
         """
         found = {}
-        for f in fields(self):  # type: ignore[arg-type]
+        for f in fields(self):  # type: ignore[arg-type]  # every pattern is a dataclass, their base is not
             value = getattr(self, f.name)
             parts = value if isinstance(value, tuple) else (value,)
             changed = [part.at(share) if isinstance(part, Pattern) else None for part in parts]

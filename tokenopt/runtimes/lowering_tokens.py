@@ -84,14 +84,19 @@ def match_partition(
 
 def _rows(x: Tensor, places: Tensor) -> Tensor:
     """Rows [B, R, D] at places [B, R], or [1, R] that all samples share."""
-    return x.index_select(1, places[0]) if isinstance(places.shape[0], int) else take_tokens(x, places)
+    return x.index_select(1, places[0]) if _shared(places) else take_tokens(x, places)
 
 
 def _places(places: Tensor, index: Tensor) -> Tensor:
     """Those of places [B, R], or [1, R], at an index [B, K, 1]."""
-    if isinstance(places.shape[0], int):
+    if _shared(places):
         return _node("Gather", (places[0], index), index.shape, index.dtype)
     return places.unsqueeze(-1).gather(1, index)
+
+
+def _shared(places: Tensor) -> bool:
+    """Whether there is one row for all samples; a batch that is not known is never asked for its size."""
+    return isinstance(places.shape[0], int) and places.shape[0] == 1
 
 
 def merge_tokens(
