@@ -30,9 +30,7 @@ from tokenopt.calibration.problem import Batches, Problem, alone
 from tokenopt.calibration.solve import RATIOS, Table, expected, scaled, solve
 from tokenopt.calibration.strategies import DecayCurve, Stages, _last_solved, decay
 from tokenopt.errors import BudgetError, UsageError
-from tokenopt.passes.flatten_grids import FlattenGrids
-from tokenopt.passes.fold_constants import FoldConstants
-from tokenopt.passes.raise_attention import RaiseAttention
+from tokenopt.passes.canonicalize import canonicalize
 from tokenopt.passes.reduce_tokens import ReduceTokens
 from tokenopt.pipeline import Pipeline
 from tokenopt.program import Program, capture
@@ -58,7 +56,7 @@ def fit(recipe: str, data: Any, *, budget: str, **options: Any) -> calibration.C
 
 @cache
 def canonical() -> Program:
-    return Pipeline([FoldConstants(), RaiseAttention(), FlattenGrids()]).run(program()).program
+    return canonicalize(program()).program
 
 
 def data(count: int = 8, seed: int = 3) -> dict[str, Tensor]:

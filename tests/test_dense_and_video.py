@@ -24,7 +24,7 @@ from tokenopt.analysis.axes import propagate
 from tokenopt.analysis.cuts import find_cuts
 from tokenopt.analysis.sites import AttentionSite, find_sites
 from tokenopt.cost import program_flops
-from tokenopt.passes.flatten_grids import FlattenGrids
+from tokenopt.passes.canonicalize import canonicalize
 from tokenopt.passes.fold_constants import FoldConstants
 from tokenopt.passes.raise_attention import RaiseAttention
 from tokenopt.passes.reduce_tokens import ReduceTokens
@@ -123,11 +123,7 @@ def captured(name: str, *, dynamic: bool) -> Program:
 
 @cache
 def program(name: str, *, dynamic: bool) -> Program:
-    return canonical(captured(name, dynamic=dynamic))
-
-
-def canonical(source: Program) -> Program:
-    return Pipeline([FoldConstants(), RaiseAttention(), FlattenGrids()]).run(source).program
+    return canonicalize(captured(name, dynamic=dynamic)).program
 
 
 def sites(name: str) -> dict[str, AttentionSite]:
@@ -363,7 +359,7 @@ class Aggregator(nn.Module):
 )
 def test_dead_intermediate_outputs_go(read: Callable[[Tensor], Tensor], norms: int, attentions: int) -> None:
     model, x = Aggregator(read).eval(), references.images(2)
-    lean = canonical(capture(model, x, dynamic_batch=False))
+    lean = canonicalize(capture(model, x, dynamic_batch=False)).program
     targets = [str(n.target) for n in lean.graph.nodes if n.op == "call_function"]
     assert sum("layer_norm" in t for t in targets) == norms
     assert sum("tokenopt.attention" in t for t in targets) == attentions

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import ast
 import inspect
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import MISSING, dataclass, field, fields, replace
 from functools import cache, partial
 from itertools import product
@@ -104,15 +104,19 @@ class Pattern:
 
         A larger share sees as much or more. A pattern made of others has the numbers of these.
         """
+        found = self.with_parts(lambda part: part.at(share) or part)
+        return None if found is self else found
+
+    def with_parts(self, change: Callable[[Pattern], Pattern]) -> Pattern:
+        """The pattern with those that it is made of changed; itself where none is."""
         found = {}
         for f in fields(self):  # type: ignore[arg-type]  # every pattern is a dataclass, their base is not
             value = getattr(self, f.name)
             parts = value if isinstance(value, tuple) else (value,)
-            changed = [part.at(share) if isinstance(part, Pattern) else None for part in parts]
-            if any(changed):
-                parts = tuple(new or old for new, old in zip(changed, parts, strict=True))
-                found[f.name] = parts if isinstance(value, tuple) else parts[0]
-        return replace(self, **found) if found else None
+            changed = tuple(change(part) if isinstance(part, Pattern) else part for part in parts)
+            if any(new is not old for new, old in zip(changed, parts, strict=True)):
+                found[f.name] = changed if isinstance(value, tuple) else changed[0]
+        return replace(self, **found) if found else self
 
     def fit(self, layout: Layout, query: Tensor, key: Tensor) -> tuple[Pattern, dict[str, Tensor]]:
         """The pattern fitted on queries and keys [B, H, N, D] of one attention, and its weights by name.

@@ -144,13 +144,5 @@ def field_names(pattern: Pattern) -> set[str]:
 
 def with_field(pattern: Pattern, name: str, value: Any) -> Pattern:
     """A pattern with one setting changed, in all patterns within it that have it."""
-    changed = {}
-    for f in fields(pattern):
-        old = getattr(pattern, f.name)
-        if f.name == name:
-            changed[name] = value
-        elif isinstance(old, Pattern):
-            changed[f.name] = with_field(old, name, value)
-        elif isinstance(old, tuple) and any(isinstance(v, Pattern) for v in old):
-            changed[f.name] = tuple(with_field(v, name, value) if isinstance(v, Pattern) else v for v in old)
-    return replace(pattern, **changed) if changed else pattern
+    pattern = pattern.with_parts(lambda part: with_field(part, name, value))
+    return replace(pattern, **{name: value}) if name in {f.name for f in fields(pattern)} else pattern

@@ -20,8 +20,8 @@ from tokenopt.calibration.learned import problem_of
 from tokenopt.calibration.price import Price, Target, gate
 from tokenopt.calibration.problem import Batches, Evaluation, Problem, alone, schedule_of
 from tokenopt.calibration.result import Calibration
-from tokenopt.calibration.search import FIXED, Calibrator, Search, fixed_schedules, met
-from tokenopt.calibration.solve import RATIOS, Table, solve
+from tokenopt.calibration.search import FIXED, Calibrator, Search, fixed_schedules, solved
+from tokenopt.calibration.solve import RATIOS, Table
 from tokenopt.calibration.workers import named_workers
 from tokenopt.errors import BudgetError, UsageError
 from tokenopt.passes.canonicalize import canonicalize
@@ -257,8 +257,7 @@ class _Fit:
         """What keeps most at a share of the dense model's cost: by the table of layers, or the one number there is."""
         problem = self.problem
         if problem.layerwise:
-            table = problem.table()
-            return met(problem, table, share, lambda target: solve(table, target))
+            return solved(problem, share)
         counted = problem.price.counted_at(share)
         if counted <= 0.0:
             raise BudgetError(f"recipe {problem.recipe.name} cannot meet {share:.0%} of the dense model's latency")

@@ -48,7 +48,7 @@ class Search:
         import optuna
 
         table = problem.table()
-        first = met(problem, table, budget, lambda target: solve(table, target))
+        first = solved(problem, budget)
         yield first
         deviation = lambda schedule: problem.evaluate(schedule).deviation  # noqa: E731
         usual = min(fixed_schedules(problem, table, budget).values(), key=deviation, default=first)
@@ -64,10 +64,10 @@ class Search:
             trial = study.ask()
             weights = {n: exp(trial.suggest_float(f"layer{n}", -_SPREAD, _SPREAD)) for n in table.layers}
             towards = trial.suggest_float("towards", 0.0, 1.0)
-            solved = solve(table, budget - problem.off, weights)
-            if solved is None:
+            removed = solve(table, budget - problem.off, weights)
+            if removed is None:
                 break
-            between = _between(problem, table, schedule_of(table.layers, solved), usual, towards)
+            between = _between(problem, table, schedule_of(table.layers, removed), usual, towards)
             schedule = met(problem, table, budget, between)
             if str(schedule) not in known:
                 yield schedule
@@ -94,6 +94,16 @@ def fixed_schedules(problem: Problem, table: Table, budget: float) -> dict[str, 
             with suppress(BudgetError):
                 found[name] = met(problem, table, budget, lambda t, s=shape: scaled(table, s, problem.depth, t))
     return found
+
+
+def solved(problem: Problem, budget: float) -> Schedule:
+    """What keeps most by the table of layers.
+
+    Raises:
+        BudgetError: if nothing meets the budget.
+    """
+    table = problem.table()
+    return met(problem, table, budget, lambda target: solve(table, target))
 
 
 def met(problem: Problem, table: Table, budget: float, choose: Callable[[float], list[int] | None]) -> Schedule:
