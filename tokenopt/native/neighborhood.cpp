@@ -1,10 +1,10 @@
 // Neighbourhood attention in float32, with NATTEN's windows (Hassani et al., arXiv:2204.07143; GNA, arXiv:2504.16922).
 //
 // Tokens are cut into tasks: one head, one dilation group, a run of queries on the last axis, a tile of the other axes.
-// A task walks along the first axis and keeps the keys and values of one window of lines: keys as panels
-// [line][block][dim][LANES], so that the scores of a query with LANES neighbouring keys are one vector and a block of
-// queries shares each load; values as [line][key][dim]. For every line of queries it computes scores, softmax and
-// weighted sum, in buffers that stay in the cache.
+// A task walks along the first axis and keeps the keys and values of one window of lines: keys as [line][dim][key], so
+// that the scores of a query with LANES keys, neighbours from any one on, are one vector, and a block of queries shares
+// each load; values as [line][key][dim]. For every line of queries it computes scores, softmax and weighted sum, in
+// buffers that stay in the cache.
 //
 // Written with the vector extensions of GCC and Clang: the same source for AVX-512, AVX2, SSE and NEON.
 
@@ -32,6 +32,7 @@ constexpr int LANES = 4, QUERIES = 8, BLOCKS = 3, ROWS = 4;
 #else
 constexpr int LANES = 4, QUERIES = 4, BLOCKS = 3, ROWS = 2;
 #endif
+constexpr double PACK = 8;          // cycles that a vector of keys and their values takes to pack, per dimension
 constexpr int COLUMNS = 4;          // vectors of a value row that one weighted sum takes
 constexpr int MAX_RUN = 32;         // queries of a run
 constexpr int64_t CACHE = 1 << 20;  // bytes of panels that a task may use before it is cut
@@ -182,8 +183,8 @@ extern "C" struct Problem {
 
 namespace {
 
-// rows[LANES] of dim floats -> out [dim][LANES]
-void pack_keys(const float* const* rows, int64_t dim, float* out) {
+// rows[LANES] of dim floats -> out [dim][LANES], rows `pitch` apart
+void pack_keys(const float* const* rows, int64_t dim, float* out, int64_t pitch) {
     for (int64_t d = 0; d < dim; d += LANES) {
         Floats x[LANES];
         for (int i = 0; i < LANES; ++i) x[i] = load(rows[i] + d, dim - d);
@@ -191,22 +192,22 @@ void pack_keys(const float* const* rows, int64_t dim, float* out) {
         int64_t count = std::min<int64_t>(LANES, dim - d);
         if (count == LANES) {
 #pragma GCC unroll 16
-            for (int i = 0; i < LANES; ++i) store(out + (d + i) * LANES, x[i]);
+            for (int i = 0; i < LANES; ++i) store(out + (d + i) * pitch, x[i]);
         } else {
-            for (int i = 0; i < count; ++i) store(out + (d + i) * LANES, x[i]);
+            for (int i = 0; i < count; ++i) store(out + (d + i) * pitch, x[i]);
         }
     }
 }
 
-// query [Q][query_width], N panels [dim][LANES] -> scores [Q][N * LANES], rows `pitch` apart
+// query [Q][query_width], N panels [dim][LANES], whose rows are `line` apart -> scores [Q][N * LANES], `pitch` apart
 template <int Q, int N>
-void score(const float* query, int64_t query_width, const float* const* panels, int64_t dim, float* scores,
-           int64_t pitch) {
+void score(const float* query, int64_t query_width, const float* const* panels, int64_t line, int64_t dim,
+           float* scores, int64_t pitch) {
     Floats sum[Q][N];
     clear(sum);
     for (int64_t d = 0; d < dim; ++d) {
         Floats key[N];
-        for (int n = 0; n < N; ++n) key[n] = load(panels[n] + d * LANES);
+        for (int n = 0; n < N; ++n) key[n] = load(panels[n] + d * line);
         for (int q = 0; q < Q; ++q) {
             Floats x = fill(query[q * query_width + d]);
             for (int n = 0; n < N; ++n) sum[q][n] += x * key[n];
@@ -216,24 +217,30 @@ void score(const float* query, int64_t query_width, const float* const* panels, 
         for (int n = 0; n < N; ++n) store(scores + q * pitch + n * LANES, sum[q][n]);
 }
 
+// Scores of `blocks` times Q queries with `count` panels, at an offset of each block. A few panels at a time go through
+// all blocks, so that they stay in the nearest cache.
 template <int Q>
-void score_all(const float* query, int64_t query_width, const float* const* panels, int64_t count, int64_t dim,
-               float* scores, int64_t pitch) {
+void score_all(const float* query, int64_t query_width, int64_t blocks, const float* const* panels,
+               const int64_t* offsets, int64_t count, int64_t line, int64_t dim, float* scores, int64_t pitch) {
     for (int64_t i = 0; i < count;) {
         int64_t left = count - i;
         // 4 left are 2 + 2, not 3 + 1: one panel alone has too few sums to hide the latency of an addition
         int64_t n = left == 4 ? 2 : std::min<int64_t>(left, BLOCKS);
-        (n == 3 ? score<Q, 3> : n == 2 ? score<Q, 2> : score<Q, 1>)(
-            query, query_width, panels + i, dim, scores + i * LANES, pitch);
+        for (int64_t b = 0; b < blocks; ++b) {
+            const float* at[BLOCKS];
+            for (int64_t j = 0; j < n; ++j) at[j] = panels[i + j] + offsets[b];
+            (n == 3 ? score<Q, 3> : n == 2 ? score<Q, 2> : score<Q, 1>)(
+                query + b * Q * query_width, query_width, at, line, dim, scores + b * Q * pitch + i * LANES, pitch);
+        }
         i += n;
     }
 }
 
 struct Sums {
-    const float* weights;  // [Q] rows `pitch` apart
-    const float* values;   // [keys][width], `width` a multiple of LANES
-    const int64_t* lines;  // which lines of `values` the rows of weights go over
-    int64_t pitch, width, line_keys, line_count, first, last;
+    const float* weights;  // [Q] rows `pitch` apart, of `line_weights` for each line
+    const float* values;   // [keys][width], `width` a multiple of LANES; the first key that has a weight
+    const int64_t* lines;  // which lines of `values`, of `line_keys` each, the rows of weights go over
+    int64_t pitch, width, line_weights, line_keys, line_count, first, last;
     const float* extra_weights;
     const float* extra_values;
     int64_t extra;
@@ -254,7 +261,7 @@ void weigh(const Sums& s, int64_t column, const float* factor, float* const* out
         }
     };
     for (int64_t i = 0; i < s.line_count; ++i) {
-        const float* weight = s.weights + i * s.line_keys + s.first;
+        const float* weight = s.weights + i * s.line_weights + s.first;
         const float* value = s.values + (s.lines[i] * s.line_keys + s.first) * s.width + column;
         for (int64_t n = s.last - s.first; n > 0; --n, ++weight, value += s.width) add(weight, value);
     }
@@ -269,20 +276,18 @@ void weigh(const Sums& s, int64_t column, const float* factor, float* const* out
 }
 
 template <int Q>
-void weigh_all(const Sums& s, const float* factor, float* const* out, int64_t value_dim) {
-    int64_t columns = s.width / LANES;
-    for (int64_t c = 0; c < columns; c += COLUMNS) {
-        int64_t n = std::min<int64_t>(columns - c, COLUMNS);
-        (n == 4 ? weigh<Q, 4> : n == 3 ? weigh<Q, 3> : n == 2 ? weigh<Q, 2> : weigh<Q, 1>)(
-            s, c * LANES, factor, out, value_dim);
-    }
+void weigh_columns(const Sums& s, int64_t column, const float* factor, float* const* out, int64_t value_dim) {
+    int64_t n = std::min<int64_t>((s.width - column) / LANES, COLUMNS);
+    (n == 4 ? weigh<Q, 4> : n == 3 ? weigh<Q, 3> : n == 2 ? weigh<Q, 2> : weigh<Q, 1>)(
+        s, column, factor, out, value_dim);
 }
 
 struct Plan {
     const Problem& p;
     Axis axes[3];
     int64_t grid, extra, extra_blocks, query_width, width;
-    int64_t runs, run, blocks;  // of the last axis: runs of `run` queries, whose keys are `blocks` vectors
+    int64_t runs, run, line;  // of the last axis: runs of `run` queries, whose keys take lines of `line` floats
+    int64_t block, vectors;   // `block` queries, whose scores with a line are `vectors` vectors, share loads
     int64_t tile[2], tiles[2];  // of the other axes
     int64_t groups[3], lines, window_lines, tasks, threads;
 
@@ -304,18 +309,22 @@ struct Plan {
         choose_tiles();
     }
 
-    // The run with the fewest operations: long ones share panels, short ones compute fewer scores outside of windows.
+    // The run and the block with the fewest operations: long ones share more, short ones compute fewer scores outside
+    // of windows.
     void choose_run() {
-        int64_t n = axes[2].members(0);
-        double lines = double(axes[0].members(0)) * axes[1].members(0), best = 0;
-        for (int64_t length = QUERIES / 2; length <= MAX_RUN; length += QUERIES / 2) {
-            int64_t count = ceil_div(n, length), even = ceil_div(n, count);
-            int64_t vectors = ceil_div(axes[2].span(even), LANES);
-            int64_t padded = ceil_div(even, QUERIES / 2) * (QUERIES / 2);
-            double pack = 8.0 * vectors, compute = 0.5 * padded * window_lines * vectors;  // cycles / dim, measured
-            double cost = count * lines * (pack + compute);
-            if (length == QUERIES / 2 || cost < best) best = cost, run = even, runs = count, blocks = vectors;
-        }
+        const int64_t n = axes[2].members(0);
+        const double all = double(axes[0].members(0)) * axes[1].members(0);
+        double best = std::numeric_limits<double>::infinity();
+        for (int64_t size : {QUERIES / 2, QUERIES})
+            for (int64_t length = size; length <= MAX_RUN; length += size) {
+                int64_t count = ceil_div(n, length), even = ceil_div(n, count);
+                int64_t keys = ceil_div(axes[2].span(even), LANES), seen = ceil_div(axes[2].span(size), LANES);
+                double cycles = std::max(0.5, 4.0 / (size * BLOCKS));  // per sum: two at a time, each takes four
+                double compute = cycles * ceil_div(even, size) * size * window_lines * seen;
+                double cost = count * all * (PACK * keys + compute);
+                if (cost >= best) continue;
+                best = cost, runs = count, run = even, line = keys * LANES, block = size, vectors = seen;
+            }
     }
 
     // A window of the first axis, and all that a tile sees of the second.
@@ -323,7 +332,7 @@ struct Plan {
 
     void choose_tiles() {
         for (int a = 0; a < 2; ++a) tile[a] = axes[a].members(0);
-        int64_t bytes = blocks * LANES * (p.dim + width) * sizeof(float);
+        int64_t bytes = line * (p.dim + width) * sizeof(float);
         for (;;) {  // smaller, until the panels fit the cache and there is work for all threads
             for (int a = 0; a < 2; ++a) tiles[a] = ceil_div(axes[a].members(0), tile[a]);
             tasks = p.batch * p.heads * groups[0] * groups[1] * groups[2] * runs * tiles[0] * tiles[1];
@@ -349,10 +358,10 @@ struct Workspace {
     std::vector<int64_t> lines;
 
     explicit Workspace(const Plan& plan) {
-        const int64_t line = plan.blocks * LANES, extra = plan.extra_blocks * LANES;
-        pitch = plan.window_lines * line + extra;
-        rows = ceil_div(plan.run, QUERIES) * QUERIES;
-        const int64_t sizes[] = {plan.lines * line * plan.p.dim, plan.lines * line * plan.width, plan.lines * line,
+        const int64_t extra = plan.extra_blocks * LANES, slots = plan.lines * plan.line;
+        pitch = plan.window_lines * plan.vectors * LANES + extra;
+        rows = ceil_div(plan.run, plan.block) * plan.block;
+        const int64_t sizes[] = {slots * plan.p.dim, slots * plan.width, slots,
                                  extra * plan.p.dim, extra * plan.width, extra,
                                  rows * plan.query_width, rows * pitch, plan.p.dim + LANES};
         float** places[] = {&keys, &values, &bias, &extra_keys, &extra_values, &extra_bias, &query, &scores, &zeros};
@@ -364,7 +373,7 @@ struct Workspace {
         for (int i = 0; i < 9; ++i) *places[i] = next, next += ceil_div(sizes[i], 16) * 16;
         std::fill_n(zeros, plan.p.dim, 0.0f);
         std::fill_n(query, rows * plan.query_width, 0.0f);
-        panels.resize(plan.window_lines * plan.blocks + plan.extra_blocks);
+        panels.resize(std::max(plan.window_lines * plan.vectors, plan.extra_blocks));
         lines.resize(plan.window_lines);
     }
 };
@@ -389,15 +398,15 @@ struct Task {
         return token;
     }
 
-    // `count` tokens -> panels of ceil(count / LANES) blocks, rows of values, biases. What the buffers hold beyond them
-    // is not read, or hidden by `soften`.
+    // `count` tokens -> keys [dim][line], rows of values, biases. What the buffers hold beyond them is not read, or
+    // hidden by `soften`.
     template <class Token>
-    void pack(int64_t count, Token token, float* keys, float* values, float* biases) {
+    void pack(int64_t count, Token token, int64_t line, float* keys, float* values, float* biases) {
         for (int64_t from = 0; from < count; from += LANES) {
             const float* rows[LANES];
             for (int i = 0; i < LANES; ++i)
                 rows[i] = from + i < count ? key + token(from + i) * p.key_strides[2] : w.zeros;
-            pack_keys(rows, p.dim, keys + from * p.dim);
+            pack_keys(rows, p.dim, keys + from, line);
         }
         for (int64_t i = 0; i < count; ++i) {
             const float* row = value + token(i) * p.value_strides[2];
@@ -406,24 +415,24 @@ struct Task {
         }
     }
 
-    // Turns a row of scores into weights over the largest, 0 outside of [first, last) of every line; returns 1 / sum.
-    float soften(float* row, int64_t window, int64_t first, int64_t last) {
+    // Turns a row of scores, of keys from `from` on in every line, into weights over the largest, 0 outside of
+    // [first, last); returns 1 / sum.
+    float soften(float* row, int64_t window, int64_t from, int64_t first, int64_t last) {
         const float none = -std::numeric_limits<float>::infinity();
-        const int64_t line = plan.blocks * LANES;
+        const int64_t line = plan.vectors * LANES;
         const Ints lane = lanes();
         float* extra = row + window * line;
         Floats top = fill(none);
-        auto visit = [&](float* at, const float* biases, int64_t from, int64_t to) {
+        auto visit = [&](float* at, const float* biases, int64_t first, int64_t last) {
             Floats x = load(at);
             if (bias) x += load(biases);
-            x = ((lane >= (int32_t)from) & (lane < (int32_t)to)) ? x : fill(none);
+            x = ((lane >= (int32_t)first) & (lane < (int32_t)last)) ? x : fill(none);
             store(at, x);
             top = max(top, x);
         };
-        for (int64_t b = 0; b < plan.blocks; ++b)
+        for (int64_t b = 0, at = from; b < line; b += LANES, at += LANES)
             for (int64_t i = 0; i < window; ++i)
-                visit(row + i * line + b * LANES, w.bias + w.lines[i] * line + b * LANES, first - b * LANES,
-                      last - b * LANES);
+                visit(row + i * line + b, w.bias + w.lines[i] * plan.line + at, first - at, last - at);
         for (int64_t b = 0; b < plan.extra_blocks; ++b)
             visit(extra + b * LANES, w.extra_bias + b * LANES, 0, plan.extra - b * LANES);
         top = max_of_lanes(top);
@@ -465,8 +474,8 @@ struct Task {
             low[a] = plan.axes[a].first(begin[a], n[a]);
             high[a] = plan.axes[a].last(end[a] - 1, n[a]);
         }
-        pack(plan.extra, [&](int64_t k) { return k < p.start ? k : k + plan.grid; }, w.extra_keys, w.extra_values,
-             w.extra_bias);
+        pack(plan.extra, [&](int64_t k) { return k < p.start ? k : k + plan.grid; }, plan.extra_blocks * LANES,
+             w.extra_keys, w.extra_values, w.extra_bias);
 
         const int64_t count = end[2] - begin[2];
         int64_t first[MAX_RUN], last[MAX_RUN];
@@ -490,24 +499,18 @@ struct Task {
 
     void pack_line(int64_t i, int64_t j, const int64_t* low, const int64_t* high) {
         const int64_t from = p.start + place(i, j, low[2]), step = p.dilation[2];
-        const int64_t at = slot(i, j, low, high) * plan.blocks * LANES;
-        pack(high[2] - low[2], [=](int64_t k) { return from + k * step; }, w.keys + at * p.dim,
+        const int64_t at = slot(i, j, low, high) * plan.line;
+        pack(high[2] - low[2], [=](int64_t k) { return from + k * step; }, plan.line, w.keys + at * p.dim,
              w.values + at * plan.width, w.bias + at);
     }
 
     // The queries [k, k + count) of the line at i, j.
     void attend(int64_t i, int64_t j, int64_t k, int64_t count, const int64_t* low, const int64_t* high,
                 const int64_t* first, const int64_t* last, float* out) {
-        const int64_t line = plan.blocks * LANES;
-        int64_t window = 0, panels = 0;
+        int64_t window = 0;
         for (int64_t y = plan.axes[0].first(i, n[0]); y < plan.axes[0].last(i, n[0]); ++y)
-            for (int64_t x = plan.axes[1].first(j, n[1]); x < plan.axes[1].last(j, n[1]); ++x) {
-                const int64_t at = slot(y, x, low, high);
-                w.lines[window++] = at;
-                for (int64_t b = 0; b < plan.blocks; ++b)
-                    w.panels[panels++] = w.keys + (at * plan.blocks + b) * LANES * p.dim;
-            }
-        for (int64_t b = 0; b < plan.extra_blocks; ++b) w.panels[panels++] = w.extra_keys + b * LANES * p.dim;
+            for (int64_t x = plan.axes[1].first(j, n[1]); x < plan.axes[1].last(j, n[1]); ++x)
+                w.lines[window++] = slot(y, x, low, high);
 
         const float factor = float(p.scale) * LOG2E;  // the softmax is of powers of two
         int64_t target = place(i, j, k);
@@ -515,27 +518,37 @@ struct Task {
             const float* from = query + (p.start + target + q * p.dilation[2]) * p.query_strides[2];
             copy(from, p.dim, w.query + q * plan.query_width, factor);
         }
-        for (int64_t q = 0; q < count;) {
-            bool half = count - q <= QUERIES / 2;
-            (half ? score_all<QUERIES / 2> : score_all<QUERIES>)(
-                w.query + q * plan.query_width, plan.query_width, w.panels.data(), panels, p.dim,
-                w.scores + q * w.pitch, w.pitch);
-            q += half ? QUERIES / 2 : QUERIES;
-        }
+        const int64_t line = plan.vectors * LANES, blocks = ceil_div(count, plan.block);
+        int64_t from[MAX_RUN], none[MAX_RUN] = {}, panels = 0;
+        for (int64_t b = 0; b < blocks; ++b) from[b] = std::min(first[b * plan.block], plan.line - line);
+        for (int64_t l = 0; l < window; ++l)
+            for (int64_t v = 0; v < plan.vectors; ++v)
+                w.panels[panels++] = w.keys + w.lines[l] * plan.line * p.dim + v * LANES;
+        score(blocks, from, panels, plan.line, w.scores);
+        for (int64_t b = 0; b < plan.extra_blocks; ++b) w.panels[b] = w.extra_keys + b * LANES;
+        score(blocks, none, plan.extra_blocks, plan.extra_blocks * LANES, w.scores + window * line);
         float inverse[MAX_RUN];
         float* targets[MAX_RUN];
         for (int64_t q = 0; q < count; ++q) {
-            inverse[q] = soften(w.scores + q * w.pitch, window, first[q], last[q]);
+            inverse[q] = soften(w.scores + q * w.pitch, window, from[q / plan.block], first[q], last[q]);
             targets[q] = out + (target + q * p.dilation[2]) * p.value_dim;
         }
-        for (int64_t q = 0; q < count;) {
-            int64_t step = count - q >= ROWS ? ROWS : 1;
-            const float* weights = w.scores + q * w.pitch;
-            Sums sums = {weights, w.values, w.lines.data(), w.pitch, plan.width, line, window, first[q],
-                         last[q + step - 1], weights + window * line, w.extra_values, plan.extra};
-            (step == ROWS ? weigh_all<ROWS> : weigh_all<1>)(sums, inverse + q, targets + q, p.value_dim);
-            q += step;
-        }
+        for (int64_t column = 0; column < plan.width; column += COLUMNS * LANES)
+            for (int64_t q = 0; q < count;) {
+                int64_t step = count - q >= ROWS ? ROWS : 1, skip = from[q / plan.block];
+                const float* weights = w.scores + q * w.pitch;
+                Sums sums = {weights, w.values + skip * plan.width, w.lines.data(), w.pitch, plan.width, line,
+                             plan.line, window, first[q] - skip, last[q + step - 1] - skip, weights + window * line,
+                             w.extra_values, plan.extra};
+                (step == ROWS ? weigh_columns<ROWS> : weigh_columns<1>)(sums, column, inverse + q, targets + q,
+                                                                        p.value_dim);
+                q += step;
+            }
+    }
+
+    void score(int64_t blocks, const int64_t* offsets, int64_t panels, int64_t line, float* scores) {
+        (plan.block == QUERIES ? score_all<QUERIES> : score_all<QUERIES / 2>)(
+            w.query, plan.query_width, blocks, w.panels.data(), offsets, panels, line, p.dim, scores, w.pitch);
     }
 };
 
