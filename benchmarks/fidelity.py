@@ -10,7 +10,7 @@ worth its time. Recipes that shorten the encoder's output are compared on the ta
 of patch tokens that leave the encoder.
 
 A program is rewritten once per recipe and ratio and runs with the weights of every seed; one rewrite from scratch per
-recipe is compared with that.
+recipe is compared with that. A recipe with a learned score learns it for every seed, from inputs that are not scored.
 """
 
 from __future__ import annotations
@@ -18,6 +18,7 @@ from __future__ import annotations
 import argparse
 import statistics
 import sys
+import tempfile
 import time
 import warnings
 from collections.abc import Mapping, Sequence
@@ -36,11 +37,13 @@ from tokenopt.analysis.cuts import find_cuts
 from tokenopt.analysis.sites import find_sites
 from tokenopt.cost import program_flops
 from tokenopt.errors import Refusal, TokenoptError, UsageError
+from tokenopt.fitting import fit, needs_data
 from tokenopt.passes.canonicalize import canonicalize
 from tokenopt.passes.reduce_tokens import ReduceTokens
 from tokenopt.passes.remove_dead import RemoveDead
 from tokenopt.pipeline import Pipeline
 from tokenopt.program import Program, capture
+from tokenopt.schedule import Schedule
 from tokenopt.tokens.recipe import TokenRecipe
 
 BASELINES = ("random", "uniform-grid")
@@ -122,7 +125,7 @@ def _reason(refusals: Sequence[Refusal]) -> str:
 class ToRatio:
     """The program of one recipe that costs a given share of the dense FLOPs, or keeps one of the output tokens.
 
-    To be replaced by ``optimize(..., budget=...)`` once that takes a share of the FLOPs.
+    From either side, where a budget is met from below: recipes are compared at as equal a cost as can be.
     """
 
     dense: Dense
@@ -234,20 +237,28 @@ class Row:
     failed: bool = False
 
 
-def measure(task: Task, trials: Sequence[Trial], denses: Sequence[Dense], name: str, ratios: Sequence[float]) -> Row:
-    """A recipe on a task at every ratio, for all seeds."""
+def measure(
+    task: Task, trials: Sequence[Trial], denses: Sequence[Dense], name: str, ratios: Sequence[float], folder: Path
+) -> Row:
+    """A recipe on a task at every ratio, for all seeds; what it learns lies in the folder."""
     row = Row()
     try:
-        recipe = _placed(recipes.get(name), task)
-        to_ratio = ToRatio(denses[0], recipe, task.features)
+        placed = _placed(recipes.get(name), task)
+        places = enumerate(zip(denses, trials, strict=True))
+        seeds = [_of_seed(placed, dense, trial, i, folder) for i, (dense, trial) in places]
+        alike = all(recipe == seeds[0] for recipe in seeds)
+        to_ratio = ToRatio(denses[0], seeds[0], task.features)
         for ratio in ratios:
             start = time.perf_counter()
             found = to_ratio(ratio)
             if found is not None:
                 program, measured, schedule = found
-                programs = [_of_seed(program, recipe, schedule, denses, i) for i in range(len(trials))]
-                if not row.cells and not _draws(recipe):
-                    _check(programs[-1], rewrite(denses[-1], recipe, schedule), trials[-1])
+                if alike:
+                    programs = [with_weights(program, dense.program) for dense in denses]
+                    if not row.cells:
+                        _check(programs[-1], rewrite(denses[-1], seeds[-1], schedule), trials[-1])
+                else:
+                    programs = [rewrite(dense, recipe, schedule) for dense, recipe in zip(denses, seeds, strict=True)]
                 scores = (t.score(p.flat(*t.inputs)[0]) for p, t in zip(programs, trials, strict=True))
                 row.cells[ratio] = Cell(measured, tuple(scores))
             seconds, tried = time.perf_counter() - start, len(to_ratio.schedules)
@@ -277,18 +288,22 @@ def _placed(recipe: TokenRecipe, task: Task) -> TokenRecipe:
     return replace(recipe, schedule={"keep": 0.5}).with_settings({"place": "output", "restore": "none"})
 
 
-def _draws(recipe: TokenRecipe) -> bool:
-    """Whether its positions are random numbers."""
-    return recipe.score is not None and recipe.score.name == "random"
+def _of_seed(recipe: TokenRecipe, dense: Dense, trial: Trial, seed: int, folder: Path) -> TokenRecipe:
+    """The recipe for the model of a seed: random positions are drawn anew for each, and a learned score is learned.
 
-
-def _of_seed(
-    program: Program, recipe: TokenRecipe, schedule: Mapping[str, Any], denses: Sequence[Dense], seed: int
-) -> Program:
-    """The rewritten program for the model of a seed; random positions are drawn anew for each."""
-    if _draws(recipe):  # seeds far apart: layers count on from them
-        return rewrite(denses[seed], recipe.with_settings({"score.seed": 1000 * seed}), schedule)
-    return with_weights(program, denses[seed].program) if denses[seed] is not denses[0] else program
+    Raises:
+        Inapplicable: if the score cannot be learned on this model.
+    """
+    if recipe.score is not None and recipe.score.name == "random":
+        return recipe.with_settings({"score.seed": 1000 * seed})  # far apart: layers count on from them
+    if not needs_data(recipe):
+        return recipe
+    half = Schedule.parse(scaled_schedule(recipe, 0.5, dense.layers, dense.tokens))
+    batches = zip(*(x.split(64) for x in trial.others), strict=True)
+    try:
+        return fit(recipe, half, dense.program, batches, folder / f"{recipe.name}-{seed}.safetensors")
+    except UsageError as error:
+        raise Inapplicable(f"{error.what}: {error.why}") from error
 
 
 def _check(swapped: Program, rewritten: Program, trial: Trial) -> None:
@@ -394,7 +409,8 @@ def main() -> int:
         first = Dense.of(trials[0])
         denses = [first if trial.model is trials[0].model else Dense.of(trial) for trial in trials]
         scores = [t.score(d.program.flat(*t.inputs)[0]) for t, d in zip(trials, denses, strict=True)]
-        rows = {recipe: measure(task, trials, denses, recipe, ratios) for recipe in names}
+        with tempfile.TemporaryDirectory() as folder:
+            rows = {recipe: measure(task, trials, denses, recipe, ratios, Path(folder)) for recipe in names}
         failed |= any(row.failed for row in rows.values())
         part = table(task, scores, rows, ratios)
         print("\n".join(part), flush=True)

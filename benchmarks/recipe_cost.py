@@ -7,7 +7,8 @@ takes them from the front: a constant slice. What the recipe takes longer than i
 rounds in ONNX Runtime on one CPU thread at batch 1, is what deciding and fusing cost. The models return all features,
 and outputs stay short, so that restoring is part of it only where the recipe restores by itself. A slice moves in front
 of what computes each token by itself, and a sum of tokens does not: where the twin has fewer FLOPs, its time counts in
-proportion.
+proportion. A learned score is learned from noise: it costs as much as one that knows something, and the models have
+heads where it needs their logits.
 """
 
 from __future__ import annotations

@@ -30,15 +30,20 @@ from torch import Tensor, nn
 from tokenopt.program import atomic_path
 
 OUT = Path(__file__).parent / "out"
+_OTHERS = 512  # inputs, at most, that are not scored
 
 
 @dataclass(frozen=True)
 class Trial:
-    """A model in eval mode, its inputs as a batch, and the score in [0, 1] of what it returns for them."""
+    """A model in eval mode, its inputs as a batch, and the score in [0, 1] of what it returns for them.
+
+    ``others`` are inputs that are not scored, for what a recipe learns from data.
+    """
 
     model: nn.Module
     inputs: tuple[Tensor, ...]
     score: Callable[[Tensor], float]
+    others: tuple[Tensor, ...]
 
 
 @dataclass(frozen=True)
@@ -85,18 +90,24 @@ class Probe(nn.Module):
 
 def _fit(model: nn.Module, images: Tensor, outputs: int, loss: Callable[[Tensor], Tensor], seed: int) -> Probe:
     """A probe on the features of training images; ``loss`` takes its outputs."""
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        probe = Probe(model.embed_dim, outputs)
+    _train_head(probe, model, images, loss)
+    return probe.eval()
+
+
+def _train_head(head: nn.Module, model: nn.Module, images: Tensor, loss: Callable[[Tensor], Tensor]) -> None:
+    """Of frozen features, [B, 1 + N, C], which the head takes."""
     with torch.no_grad():
         tokens = torch.cat([model.forward_features(part) for part in images.split(256)])
-    with torch.enable_grad(), torch.random.fork_rng():
-        torch.manual_seed(seed)
-        probe = Probe(tokens.shape[-1], outputs)
-        optimizer = torch.optim.Adam(probe.parameters(), 0.03)
+    with torch.enable_grad():
+        optimizer = torch.optim.Adam(head.parameters(), 0.03)
         for _ in range(200):
-            value = loss(probe(tokens))
+            value = loss(head(tokens))
             optimizer.zero_grad()
             value.backward()
             optimizer.step()
-    return probe.eval()
 
 
 def _cached(name: str, model: nn.Module, train: Callable[[nn.Module], None]) -> nn.Module:
@@ -132,8 +143,8 @@ def _digits_model(seed: int) -> nn.Module:
 def digits_trial(seed: int) -> Trial:
     from samples.train_digits import digits
 
-    _, images, _, labels = digits()
-    return Trial(_digits_model(seed), (images,), lambda out: _accuracy(out, labels))
+    others, images, _, labels = digits()
+    return Trial(_digits_model(seed), (images,), lambda out: _accuracy(out, labels), (others[:_OTHERS],))
 
 
 def digits_features_trial(seed: int) -> Trial:
@@ -142,7 +153,8 @@ def digits_features_trial(seed: int) -> Trial:
     model = _digits_model(seed)
     images, test_images, labels, test_labels = digits()
     probe = _fit(model, images, 10, lambda out: F.cross_entropy(out, labels), seed)
-    return Trial(Features(model), (test_images,), lambda tokens: _accuracy(probe(tokens), test_labels))
+    score = lambda tokens: _accuracy(probe(tokens), test_labels)  # noqa: E731
+    return Trial(Features(model), (test_images,), score, (images[:_OTHERS],))
 
 
 # -- localisation ----------------------------------------------------------------------------------------------------
@@ -195,6 +207,11 @@ def _localise_vit() -> nn.Module:
     return model
 
 
+def _of_patches(kinds: Tensor) -> Tensor:
+    """What lies in the cell of each patch [count, 64], from what lies in each cell."""
+    return kinds.view(-1, 4, 4).repeat_interleave(2, 1).repeat_interleave(2, 2).flatten(1)
+
+
 def _localise_loss(logits: Tensor, cells: Tensor, colours: Tensor) -> Tensor:
     cell, colour = logits.split([CELLS, COLOURS], 1)
     return F.cross_entropy(cell, cells) + F.cross_entropy(colour, colours)
@@ -212,7 +229,7 @@ def _train_localise(model: nn.Module, steps: int = 600, batch: int = 32) -> None
     the model needs several times the steps to find the ring at all.
     """
     images, cells, colours, kinds = scenes(steps * batch, seed=1)
-    kinds = kinds.view(-1, 4, 4).repeat_interleave(2, 1).repeat_interleave(2, 2).flatten(1)  # of every patch
+    kinds = _of_patches(kinds)
     patch_head = nn.Linear(model.embed_dim, len(_GLYPHS) + 1)
     parameters = [*model.parameters(), *patch_head.parameters()]
     optimizer = torch.optim.AdamW(parameters, weight_decay=0.05)
@@ -239,15 +256,43 @@ def _localise_model(seed: int) -> nn.Module:
 
 def localise_trial(seed: int) -> Trial:
     images, cells, colours, _ = scenes(512, seed=2)
-    return Trial(_localise_model(seed), (images,), lambda out: _pair_accuracy(out, cells, colours))
+    others = scenes(_OTHERS, seed=1)[0]
+    return Trial(_localise_model(seed), (images,), lambda out: _pair_accuracy(out, cells, colours), (others,))
 
 
 def localise_features_trial(seed: int) -> Trial:
     model = _localise_model(seed)
-    images, cells, colours, _ = scenes(1024, seed=1)
-    probe = _fit(model, images, CELLS + COLOURS, lambda out: _localise_loss(out, cells, colours), seed)
+    others, cells, colours, _ = scenes(1024, seed=1)
+    probe = _fit(model, others, CELLS + COLOURS, lambda out: _localise_loss(out, cells, colours), seed)
     images, test_cells, test_colours, _ = scenes(512, seed=2)
-    return Trial(Features(model), (images,), lambda tokens: _pair_accuracy(probe(tokens), test_cells, test_colours))
+    score = lambda tokens: _pair_accuracy(probe(tokens), test_cells, test_colours)  # noqa: E731
+    return Trial(Features(model), (images,), score, (others[:_OTHERS],))
+
+
+class Patches(nn.Module):
+    """A dense prediction: logits of what lies in the cell of each patch, [B, 64, 5]."""
+
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__()
+        self.model = model
+        self.head = nn.Linear(model.embed_dim, len(_GLYPHS) + 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head(self.model.forward_features(x)[:, 1:])
+
+
+def localise_patches_trial(seed: int) -> Trial:
+    others, _, _, kinds = scenes(1024, seed=1)
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        model = Patches(_localise_model(seed))
+    kinds = _of_patches(kinds)
+    _train_head(model.head, model.model, others, lambda out: F.cross_entropy(out[:, 1:].flatten(0, 1), kinds.flatten()))
+    images, _, _, held = scenes(512, seed=2)
+    held = _of_patches(held)
+    score = lambda logits: (logits.argmax(-1) == held)[held > 0].float().mean().item()  # noqa: E731
+
+    return Trial(model.eval(), (images,), score, (others[:_OTHERS],))
 
 
 # -- sentences -------------------------------------------------------------------------------------------------------
@@ -305,12 +350,13 @@ def minilm_trial(seed: int) -> Trial:
     Every second text is followed by the next one: those fill the length, the others leave padding.
     """
     passages = [f"{text} {TEXTS[i + 1]}" if i % 2 == 0 else text for i, text in enumerate(TEXTS)]
-    rows = torch.randperm(len(passages), generator=torch.Generator().manual_seed(seed))[: len(passages) * 3 // 4]
-    inputs = tokenise([passages[row] for row in rows])
+    order = torch.randperm(len(passages), generator=torch.Generator().manual_seed(seed))
+    rows, rest = order.split([len(passages) * 3 // 4, len(passages) - len(passages) * 3 // 4])
+    inputs, others = (tokenise([passages[row] for row in part]) for part in (rows, rest))
     model = _minilm()
     with torch.no_grad():
         dense = model(*inputs)
-    return Trial(model, inputs, lambda out: F.cosine_similarity(out, dense).mean().item())
+    return Trial(model, inputs, lambda out: F.cosine_similarity(out, dense).mean().item(), others)
 
 
 def paraphrase_margin() -> tuple[float, float]:
@@ -452,6 +498,12 @@ TASKS = {
             "share of held-out scenes where both the cell of the ring, of 16, and its colour, of 4, are right; a seed "
             "is another training",
             localise_trial,
+        ),
+        Task(
+            "localise-patches",
+            "share of the patches of occupied cells in held-out scenes where what lies there, of four, is right; the "
+            "head, a linear layer on each token, was fitted to the dense encoder",
+            localise_patches_trial,
         ),
         Task(
             "minilm",
