@@ -7,8 +7,7 @@ takes them from the front: a constant slice. What the recipe takes longer than i
 rounds in ONNX Runtime on one CPU thread at batch 1, is what deciding and fusing cost. The models return all features,
 and outputs stay short, so that restoring is part of it only where the recipe restores by itself. A slice moves in front
 of what computes each token by itself, and a sum of tokens does not: where the twin has fewer FLOPs, its time counts in
-proportion. A learned score is learned from noise: it costs as much as one that knows something, and the models have
-heads where it needs their logits.
+proportion. A learned score is learned from noise, features standing for logits: it costs as much as a good one.
 """
 
 from __future__ import annotations
@@ -26,6 +25,7 @@ import torch
 from benchmarks.machine import machine
 from tokenopt import recipes
 from tokenopt.cost import program_flops
+from tokenopt.fitting import fit, needs_data
 from tokenopt.passes.canonicalize import canonicalize
 from tokenopt.passes.reduce_tokens import ReduceTokens
 from tokenopt.passes.remove_dead import RemoveDead
@@ -34,6 +34,7 @@ from tokenopt.program import Program, capture
 from tokenopt.runtimes.bench import benchmark
 from tokenopt.runtimes.onnx import write
 from tokenopt.runtimes.onnxruntime import open_session
+from tokenopt.schedule import Schedule
 from tokenopt.tokens.fuse import Drop
 from tokenopt.tokens.plan import Plan, Stream
 from tokenopt.tokens.recipe import TokenRecipe
@@ -119,6 +120,9 @@ def _rows(key: str, names: list[str], rounds: int) -> object:
         for recipe_name in names:
             print(f"{key} {recipe_name}", file=sys.stderr, flush=True)
             recipe = recipes.get(recipe_name)
+            if needs_data(recipe):
+                schedule = Schedule.parse(recipe.schedule)
+                recipe = fit(recipe, schedule, dense, [[x.expand(2, -1, -1, -1)]], Path(folder) / "scorer.safetensors")
             result = rewritten(dense, recipe)
             counts = tuple((e.site, e.before, e.after) for e in result.edits if e.before != e.after)
             if not counts:
