@@ -19,7 +19,12 @@ from tokenopt.program import Program
 
 aten = torch.ops.aten
 _EXAMPLE_BATCHES = 6, 10
-_LAYOUT_OF_DEVICE = ("tokenopt::attention",)  # its kernels return other strides where there is no data
+_PLAIN = (Tensor, int, float, str, torch.SymInt, torch.dtype, type(None))
+# On the device "meta" their kernels return other strides.
+_LAYOUT_OF_DEVICE = (
+    "tokenopt::attention", "aten::scaled_dot_product_attention", "aten::convolution", "aten::conv1d", "aten::conv2d",
+    "aten::conv3d",
+)  # fmt: skip
 
 
 class GraphEditor:
@@ -33,6 +38,7 @@ class GraphEditor:
         self.program = program
         self.graph = program.graph
         self.mode = fake_mode(program)
+        self.known: dict[Any, Tensor] = {}
 
     def insert(self, after: fx.Node, target: Any, *args: Any, like: fx.Node | None = None, **kwargs: Any) -> fx.Node:
         """A new call behind ``after`` (and behind every operand), with its value inferred.
@@ -111,7 +117,7 @@ class GraphEditor:
         """Computes the stored value of one call from those of its operands."""
         operand = lambda n: n.meta["val"]  # noqa: E731
         args, kwargs = fx.map_arg(node.args, operand), fx.map_arg(node.kwargs, operand)
-        if getattr(node.target, "namespace", "") == "tokenopt":
+        if isinstance(node.target, torch._ops.OpOverload):
             node.meta["val"] = self._infer_by_example(node.target, args, kwargs)
             if node.meta["val"] is not None:
                 return
@@ -128,25 +134,27 @@ class GraphEditor:
             ) from error
 
     def _infer_by_example(self, target: Any, args: Any, kwargs: Any) -> Any:
-        """The value of one of our operations, from runs without data at two batch sizes; None where they do not tell.
+        """The value of an operation, from runs without data at two batch sizes; None where they do not tell.
 
-        Our operations are long compositions: to follow the symbol of the batch through every step takes far longer.
+        To follow the symbol of the batch through every step of an operation takes far longer.
         """
         leaves, spec = pytree.tree_flatten((args, kwargs))
         tensors = [v for v in leaves if isinstance(v, Tensor)]
         devices = {v.device for v in tensors}
-        known = all(isinstance(v, (Tensor, int, float, str, type(None))) for v in leaves)
-        if not known or len(devices) != 1 or target._schema.name in _LAYOUT_OF_DEVICE:
+        if not all(isinstance(v, _PLAIN) for v in leaves) or len(devices) != 1:
             return None
+        (device,) = devices
+        there = target._schema.name in _LAYOUT_OF_DEVICE
+        where, without_data = (device, FakeTensorMode()) if there else ("meta", contextlib.nullcontext())
         sizes = [s for v in tensors for s in v.shape]
         batch = next((s for s in sizes if isinstance(s, torch.SymInt) and s.node.expr.is_Symbol), None)
 
         def run(rows: int) -> Any:
             number = lambda s: int(s.node.expr.subs(batch.node.expr, rows)) if isinstance(s, torch.SymInt) else s  # noqa: E731
-            example = lambda v: _empty([number(s) for s in _layout(v)], v.dtype, "meta")  # noqa: E731
-            inputs = [example(v) if isinstance(v, Tensor) else v for v in leaves]
-            run_args, run_kwargs = pytree.tree_unflatten(inputs, spec)
-            with torch.no_grad():
+            example = lambda v: _empty([number(s) for s in _layout(v)], v.dtype, where)  # noqa: E731
+            with without_data, torch.no_grad():
+                inputs = [example(v) if isinstance(v, Tensor) else number(v) for v in leaves]
+                run_args, run_kwargs = pytree.tree_unflatten(inputs, spec)
                 return target(*run_args, **run_kwargs)
 
         try:
@@ -154,15 +162,24 @@ class GraphEditor:
         except Exception:  # where symbols are followed, the error is reported
             return None
         results, result_spec = pytree.tree_flatten(few)
+        if not all(isinstance(r, Tensor) for r in results):
+            return None
         layouts = [
             [_symbolic(x, y, batch) for x, y in zip(_layout(a), _layout(b), strict=True)]
             for a, b in zip(results, pytree.tree_leaves(many), strict=True)
         ]
         if any(None in layout for layout in layouts):
             return None
-        with self.mode:
-            values = [_empty(n, r.dtype, tensors[0].device) for n, r in zip(layouts, results, strict=True)]
+        values = [self._empty(layout, r.dtype, device) for layout, r in zip(layouts, results, strict=True)]
         return pytree.tree_unflatten(values, result_spec)
+
+    def _empty(self, layout: list[Any], dtype: torch.dtype, device: torch.device) -> Tensor:
+        """A value without data; those that look alike are one."""
+        key = (*(str(size) for size in layout), dtype, device)
+        if key not in self.known:
+            with self.mode:
+                self.known[key] = _empty(layout, dtype, device)
+        return self.known[key]
 
     def _no_new_symbols(self) -> contextlib.AbstractContextManager[Any]:
         """Sizes that only the data decides are not waited for by the next trace."""
