@@ -3,14 +3,13 @@
     python -m benchmarks.attention [--sides 32 64] [--windows 7 13] [--threads 1] [--rounds 9] [--flex] [--models 512]
                                    [--cuda] [--out FILE]
 
-One attention of 6 heads of 64 features over side x side tokens, batch 1, float32. ONNX Runtime has two forms of
-attention: matrix products that it fuses (opset 20, the default of exports), and the ``Attention`` node (opset 23). The
-faster one is the baseline, and the faster one is taken inside of tiles; which it is depends on the processor. In torch
-the baseline is scaled_dot_product_attention. *C++* is the kernel that eager torch uses on the CPU where there is a
-compiler, *tiles* the portable form, *masked* dense attention under the pattern's mask, *flex* compiled FlexAttention
-with its block mask (``--flex``: it compiles for half a minute per row). Whole models are ViT-S at sizes in pixels,
-every attention a window of 7. With ``--cuda`` the same rows run on the GPU in float16, against the flash and cuDNN
-kernels, FlexAttention with a block mask, and NATTEN where it is installed.
+One attention of 6 heads of 64 features over side x side tokens, batch 1, float32. In ONNX Runtime the baseline is the
+faster of its dense forms (matrix products that it fuses, or the ``Attention`` node), and in torch
+scaled_dot_product_attention. *C++* is the kernel that eager torch uses on the CPU where there is a compiler, *tiles*
+the portable form, *masked* dense attention under the pattern's mask, *flex* compiled FlexAttention with its block mask
+(``--flex``: it compiles for half a minute per row). Whole models are ViT-S at sizes in pixels, every attention a window
+of 7. With ``--cuda`` the same rows run on the GPU in float16, against the flash and cuDNN kernels, FlexAttention with a
+block mask, and NATTEN where it is installed.
 """
 
 from __future__ import annotations
@@ -36,7 +35,6 @@ from tokenopt.runtimes import open as open_engine
 from tokenopt.runtimes.bench import Timing, benchmark
 
 HEADS, HEAD_DIM = 6, 64
-FORMS = {"products": 20, "node": 23}  # of attention in ONNX, by the opset that gives them
 GRIDS = {"cuda": ((32, 64, 128), (7, 13, 21, 31), (64, 128)), "cpu": ((32, 64), (7, 13), (64,))}
 
 
@@ -74,21 +72,15 @@ def onnxruntime_row(side: int, window: int, threads: int, rounds: int) -> list[s
     pattern = Pattern(Neighborhood(window), layout)
     with tempfile.TemporaryDirectory() as folder:
         engines = {}
-        for module in (Dense(), pattern):
-            program = tokenopt.capture(module.eval(), inputs, dynamic_batch=False)
-            for form, opset in FORMS.items():
-                path = Path(folder) / f"{len(engines)}.onnx"
-                get("onnxruntime").build(program, path, opset=opset)
-                engines[type(module).__name__, form] = open_engine(path, threads=threads)
-        calls = {" ".join(names): lambda e=e: e(*inputs) for names, e in engines.items()}
-        found = {t.name: t for t in benchmark(calls, rounds=rounds, warmup=1)}
-    cells, fastest = [], []
-    for kind in ("Dense", "Pattern"):
-        form = min(FORMS, key=lambda form: found[f"{kind} {form}"].median_ms)
-        fastest.append(found[f"{kind} {form}"])
-        cells += [_ms(fastest[-1]), form]
-    dense, tiles = fastest
-    return [f"{side}x{side}", str(window), *cells, f"**{dense.median_ms / tiles.median_ms:.2f}x**",
+        for name, module, opset in (("products", Dense(), 20), ("node", Dense(), 23), ("pattern", pattern, 20)):
+            path = Path(folder) / f"{name}.onnx"
+            get("onnxruntime").build(tokenopt.capture(module.eval(), inputs, dynamic_batch=False), path, opset=opset)
+            engines[name] = open_engine(path, threads=threads)
+        timings = benchmark({n: lambda e=e: e(*inputs) for n, e in engines.items()}, rounds=rounds, warmup=1)
+    found = {t.name: t for t in timings}
+    dense = min((found["products"], found["node"]), key=lambda t: t.median_ms)
+    ratio = dense.median_ms / found["pattern"].median_ms
+    return [f"{side}x{side}", str(window), _ms(dense), dense.name, _ms(found["pattern"]), f"**{ratio:.2f}x**",
             f"{pattern.predicted:.2f}x", f"{pattern.ideal:.1f}x", f"{pattern.tile:.1f}x"]  # fmt: skip
 
 
@@ -222,7 +214,7 @@ def tables(options: argparse.Namespace) -> Iterator[str]:
     yield f"{options.threads} thread(s), float32, batch 1, {HEADS} heads of {HEAD_DIM}, {options.rounds} interleaved"
     yield f"rounds, median (IQR) in ms; {machine()}."
     yield from ["", "## ONNX Runtime", ""]
-    heads = ["tokens", "window", "dense", "form", "tiles", "form", "speed-up", "predicted", "ideal", "tile bound"]
+    heads = ["tokens", "window", "dense", "dense form", "tiles", "speed-up", "predicted", "ideal", "tile bound"]
     yield from _head(heads)
     for side, window in cases:
         yield _line(onnxruntime_row(side, window, options.threads, options.rounds))

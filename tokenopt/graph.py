@@ -38,7 +38,7 @@ class GraphEditor:
         self.program = program
         self.graph = program.graph
         self.mode = fake_mode(program)
-        self.known: dict[Any, Tensor] = {}
+        self._values: dict[Any, Tensor] = {}
 
     def insert(self, after: fx.Node, target: Any, *args: Any, like: fx.Node | None = None, **kwargs: Any) -> fx.Node:
         """A new call behind ``after`` (and behind every operand), with its value inferred.
@@ -170,16 +170,16 @@ class GraphEditor:
         ]
         if any(None in layout for layout in layouts):
             return None
-        values = [self._empty(layout, r.dtype, device) for layout, r in zip(layouts, results, strict=True)]
+        values = [self._value(layout, r.dtype, device) for layout, r in zip(layouts, results, strict=True)]
         return pytree.tree_unflatten(values, result_spec)
 
-    def _empty(self, layout: list[Any], dtype: torch.dtype, device: torch.device) -> Tensor:
+    def _value(self, layout: list[Any], dtype: torch.dtype, device: torch.device) -> Tensor:
         """A value without data; those that look alike are one."""
         key = (*(str(size) for size in layout), dtype, device)
-        if key not in self.known:
+        if key not in self._values:
             with self.mode:
-                self.known[key] = _empty(layout, dtype, device)
-        return self.known[key]
+                self._values[key] = _empty(layout, dtype, device)
+        return self._values[key]
 
     def _no_new_symbols(self) -> contextlib.AbstractContextManager[Any]:
         """Sizes that only the data decides are not waited for by the next trace."""
