@@ -291,7 +291,6 @@ def localise_patches_trial(seed: int) -> Trial:
     images, _, _, held = scenes(512, seed=2)
     held = _of_patches(held)
     score = lambda logits: (logits.argmax(-1) == held)[held > 0].float().mean().item()  # noqa: E731
-
     return Trial(model.eval(), (images,), score, (others[:_OTHERS],))
 
 
