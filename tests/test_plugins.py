@@ -266,7 +266,7 @@ def test_the_network_calls_the_plugins(program: Program, tmp_path: Path) -> None
             return (windows(query, key, value, bias, problem),)
 
     path = tmp_path / "plugins.onnx"
-    onnx_runtime.write(program, path, floor=False, named=False, plugins=True)
+    onnx_runtime.write(program, path, cpu=False, named=False, plugins=True)
     model = onnx.load(path)
     nodes = [n for n in model.graph.node if n.domain == "tokenopt"]
     assert [n.op_type for n in nodes] == ["neighborhood_attention", "neighborhood_attention_biased"]

@@ -44,7 +44,7 @@ class Onnx:
         path: Path,
         *,
         opset: int = OPSET,
-        floor: bool = True,
+        cpu: bool | None = None,
         named: bool = True,
         tolerance: float | None = None,
         data: Sequence[Sequence[Tensor]] = (),
@@ -53,7 +53,7 @@ class Onnx:
 
         Args:
             opset: version of the ONNX operators. From 23 on, attention is one node.
-            floor: masks are written as ONNX Runtime is fast with, see `for_exporter`.
+            cpu: whether the file is for a CPU, see `write`. By default, where ONNX Runtime has no GPU here.
             named: attention with a pattern is one node, with a function as its body.
             tolerance: see `prove`.
             data: batches of inputs to compare on besides random ones and the example.
@@ -63,10 +63,12 @@ class Onnx:
             ParityError: if the file computes something else.
         """
         from tokenopt.runtimes.compare import prove
+        from tokenopt.runtimes.onnxruntime import providers
 
         path = Path(path)
+        cpu = len(providers()) == 1 if cpu is None else cpu
         with replacing(path, obsolete=[data_name(path)]) as staged:
-            write(program, staged, opset, floor, named)
+            write(program, staged, opset, cpu, named)
             engine = self.load(staged)
             engine.parity = prove(program, engine, tolerance, data)
         engine.path = path
@@ -85,12 +87,14 @@ def data_name(path: Path) -> str:
 
 
 def write(
-    program: Program, path: Path, opset: int = OPSET, floor: bool = True, named: bool = True, plugins: bool = False
+    program: Program, path: Path, opset: int = OPSET, cpu: bool = True, named: bool = True, plugins: bool = False
 ) -> None:
     """Translates a program, and checks the file against the ONNX standard.
 
     Args:
-        floor, named, plugins: see `for_exporter`. With plugins it is a file for TensorRT alone.
+        cpu: whether the file is for a CPU: logits have a floor, see `for_exporter`, and a large attention with a
+            pattern goes head by head. On a GPU the one gains nothing and the other is slow.
+        named, plugins: see `for_exporter`. With plugins it is a file for TensorRT alone.
 
     Raises:
         LoweringError: if an operation cannot be expressed.
@@ -102,12 +106,12 @@ def write(
     if opset not in OPSETS:
         raise UsageError(f"the opset {opset} cannot be exported", hint=f"{OPSETS[0]} to {OPSETS[-1]}")
     with _quiet():
-        model = _translate(program, opset, floor, named, plugins)
+        model = _translate(program, opset, cpu, named, plugins)
         _tidy(model, program)
         if plugins:
             model.opset_imports[DOMAIN] = 1
         else:
-            add_functions(model, opset, lambda body: _write(for_exporter(body, opset, floor, named=False), opset))
+            add_functions(model, opset, cpu, lambda body: _write(for_exporter(body, opset, cpu, named=False), opset))
         size = sum(value.const_value.nbytes for value in model.graph.initializers.values())
         ir.save(model, path, external_data=data_name(path) if size > INLINE_LIMIT else None)
     try:
@@ -116,11 +120,11 @@ def write(
         raise LoweringError("the exported model is not valid ONNX", where=str(path), why=_first_line(error)) from error
 
 
-def _translate(program: Program, opset: int, floor: bool, named: bool, plugins: bool) -> Any:
+def _translate(program: Program, opset: int, cpu: bool, named: bool, plugins: bool) -> Any:
     """The program as a model of onnx_ir."""
     try:
         names = {"input_names": [s.name for s in program.inputs], "output_names": [s.name for s in program.outputs]}
-        model = _write(lower(program, opset, floor, named, plugins), opset, **names)
+        model = _write(lower(program, opset, cpu, named, plugins), opset, **names)
     except Exception as error:  # the exporter wraps whatever its converters raise
         causes = [error]
         while causes[-1].__cause__ is not None:

@@ -68,17 +68,23 @@ def open_session(path: Path, *, threads: int | None = None) -> OnnxRuntimeEngine
     options.add_session_config_entry("session.force_spinning_stop", "1")
     if threads is not None:
         options.intra_op_num_threads = threads
-    wanted = ("CUDAExecutionProvider", "CPUExecutionProvider")
-    providers = [name for name in wanted if name in ort.get_available_providers()]
     path = Path(path)
     if not path.is_file():
         raise LoweringError("there is no such model", where=str(path))
     try:
-        session = ort.InferenceSession(str(path), options, providers=providers)
+        session = ort.InferenceSession(str(path), options, providers=providers())
     except Exception as error:  # every error of ONNX Runtime is a class of its own, derived from Exception
         raise LoweringError("ONNX Runtime cannot open the model", where=str(path), why=_reason(error)) from error
     inputs, outputs = (tuple(map(_spec, values)) for values in (session.get_inputs(), session.get_outputs()))
     return OnnxRuntimeEngine(path, OnnxRuntime.name, inputs, outputs, session=session)
+
+
+def providers() -> list[str]:
+    """Where ONNX Runtime can run on this machine, the fastest first."""
+    import onnxruntime as ort
+
+    wanted = ("CUDAExecutionProvider", "CPUExecutionProvider")
+    return [name for name in wanted if name in ort.get_available_providers()]
 
 
 def _spec(value: Any) -> InputSpec:

@@ -172,7 +172,7 @@ class TensorRT:
             tolerance: see `prove`.
             data: batches of inputs to compare on besides random ones and the example.
             source: the program as an ONNX file that was proved already, instead of a new one; one of a program with
-                attention patterns is written with ``floor`` and ``named`` False.
+                attention patterns is written with ``cpu`` and ``named`` False.
 
         Raises:
             LoweringError: if TensorRT is not there, cannot express the program, or fails; with its messages.
@@ -193,12 +193,12 @@ class TensorRT:
             if source is None:
                 onnx_path = Path(scratch) / "model.onnx"
                 source = onnx_runtime.Onnx().build(
-                    program, onnx_path, opset=opset, floor=False, named=False, tolerance=tolerance, data=data
+                    program, onnx_path, opset=opset, cpu=False, named=False, tolerance=tolerance, data=data
                 )
             network, module = source.path, None
             if problems:
                 network, module = Path(scratch) / "plugins.onnx", Path(scratch) / "tokenopt_plugins.py"
-                onnx_runtime.write(program, network, opset, floor=False, named=False, plugins=True)
+                onnx_runtime.write(program, network, opset, cpu=False, named=False, plugins=True)
                 write_plugins(module, list(problems), dtypes=[*set(problems.values())], capabilities=[_device()])
             self._require_expressible(network)
             self._build(network, staged, capability, batch_profile, tf32, module)
