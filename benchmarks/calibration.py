@@ -11,6 +11,7 @@ schedule that is best on the fitted data. *Better* counts the seeds where calibr
 from __future__ import annotations
 
 import argparse
+import math
 import re
 import statistics
 import sys
@@ -51,7 +52,7 @@ def minilm(seed: int) -> tuple[nn.Module, Inputs, Inputs]:
     prose = [p for p in paragraphs if 80 < len(p) < 400 and re.match(r"[A-Z][a-z]", p) and p.endswith(".")]
     texts = [p for p in dict.fromkeys(prose) if "::" not in p and ">>>" not in p]
     inputs = tokenise(texts)
-    fitted, held = _split(inputs, 64, seed)
+    fitted, held = _split(inputs, 256, seed)
     return TASKS["minilm"].trial(0).model, fitted, tuple(t[:192] for t in held)
 
 
@@ -129,7 +130,9 @@ def _rows(task: str, recipe: str, budget: int, seeds: int, trials: int) -> list[
         better = (
             "" if name == "calibrated" else f"{sum(row['calibrated'] < row[name] for row in with_it)} of {len(with_it)}"
         )
-        cell = f"{statistics.mean(values):.4f} ± {spread:.4f}"
+        mean = statistics.mean(values)
+        places = 2 - math.floor(math.log10(mean)) if mean > 0 else 2
+        cell = f"{mean:.{places}f} ± {spread:.{places}f}"
         rows.append(f"| {task} | {recipe} | {budget} % | {name} | {cell} | {better if name != 'calibrated' else ''} |")
     return rows
 

@@ -17,10 +17,10 @@ from tokenopt.attention.pattern import Lowered, Mask, Refused
 
 _PAIRS = 2**25  # pairs of tokens looked at in one go
 
-# What tiles cost in units of one query-key pair of dense attention, fitted to ONNX Runtime on a CPU with AVX-512
-# (benchmarks/attention.py): a pair in small batched products costs more than a dense one, with a mask about twice as
-# much, and gathering a key with its value, opening a tile, and gathering a query and its result cost so many pairs.
-_PAIR, _MASKED, _KEY, _TILE, _QUERY = 1.3, 1.9, 26.0, 3500.0, 55.0
+# What tiles cost in units of one query-key pair of dense attention, fitted to ONNX Runtime on a CPU with AVX-512, which
+# goes head by head (benchmarks/attention.py): a pair of a tile costs as much as a dense one, with a mask more, and
+# gathering a key with its value, opening a tile, and gathering a query and its result cost so many pairs.
+_PAIR, _MASKED, _KEY, _TILE, _QUERY = 1.05, 1.2, 11.0, 1400.0, 15.0
 
 
 @dataclass(frozen=True)
