@@ -33,6 +33,7 @@ constexpr int LANES = 4, QUERIES = 8, BLOCKS = 3, ROWS = 4;
 constexpr int LANES = 4, QUERIES = 4, BLOCKS = 3, ROWS = 2;
 #endif
 constexpr double PACK = 8;          // cycles that a vector of keys and their values takes to pack, per dimension
+constexpr double SUM = 0.5, FEW = 0.8;  // cycles of a sum in a whole block, and in one of half the queries: more loads
 constexpr int COLUMNS = 4;          // vectors of a value row that one weighted sum takes
 constexpr int MAX_RUN = 32;         // queries of a run
 constexpr int64_t CACHE = 1 << 20;  // bytes of panels that a task may use before it is cut
@@ -319,8 +320,7 @@ struct Plan {
             for (int64_t length = size; length <= MAX_RUN; length += size) {
                 int64_t count = ceil_div(n, length), even = ceil_div(n, count);
                 int64_t keys = ceil_div(axes[2].span(even), LANES), seen = ceil_div(axes[2].span(size), LANES);
-                double cycles = std::max(0.5, 4.0 / (size * BLOCKS));  // per sum: two at a time, each takes four
-                double compute = cycles * ceil_div(even, size) * size * window_lines * seen;
+                double compute = (size == QUERIES ? SUM : FEW) * ceil_div(even, size) * size * window_lines * seen;
                 double cost = count * all * (PACK * keys + compute);
                 if (cost >= best) continue;
                 best = cost, runs = count, run = even, line = keys * LANES, block = size, vectors = seen;
