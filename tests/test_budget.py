@@ -57,6 +57,39 @@ def test_what_cannot_be_reached_says_what_can() -> None:
         tokenopt.optimize(program("head"), recipe="evit", schedule="keep=0.7@3", budget="flops=30%")
 
 
+def test_a_pattern_sees_as_much_as_the_budget_allows() -> None:
+    flops = lambda report: report.flops["after"] / report.flops["before"]  # noqa: E731
+    options = {"recipe": "nat", "min_speedup": 0}
+    least, most = (flops(tokenopt.optimize(program("head"), **options, settings={"window": w}).report) for w in (1, 8))
+    wanted = (2 * least + most) / 3
+    report = tokenopt.optimize(program("head"), **options, budget=Budget("flops", wanted)).report
+    assert least < flops(report) <= wanted and len(report.edits) == 4
+    share = float(report.patterns[0]["pattern"].removeprefix("Neighborhood(").removesuffix(")"))
+    more = tokenopt.optimize(program("head"), **options, settings={"window": share + 0.01}).report
+    assert 0 < share < 1 and flops(more) > wanted
+    passes = "raise-attention,sparsify-attention{pattern=Neighborhood(7),min-speedup=0,sites=1:}"
+    some = tokenopt.optimize(program("head"), passes=passes, budget=Budget("flops", (wanted + most) / 2)).report
+    assert [r["site"] for r in some.patterns] == [f"blocks.{i}.attn" for i in (1, 2, 3)]
+    assert flops(some) <= (wanted + most) / 2
+
+
+def test_patterns_that_meet_no_budget() -> None:
+    with pytest.raises(BudgetError, match="nat cannot meet") as error:
+        tokenopt.optimize(program("head"), recipe="nat", min_speedup=0, budget="flops=10%")
+    assert "where least is seen" in error.value.why
+    with pytest.raises(BudgetError) as error:
+        tokenopt.optimize(program("head"), recipe="nat", min_speedup=100, budget="flops=90%")
+    assert "100.0% is left" in error.value.why and "100x asked for" in error.value.why
+    wrong = {("agent", "flops=80%"): "no number", ("nat", "tokens=50%"): "all tokens", ("nat", "latency=0.5x"): "data"}
+    for (recipe, budget), why in wrong.items():
+        with pytest.raises(UsageError) as refused:
+            tokenopt.optimize(program("head"), recipe=recipe, min_speedup=0, budget=budget)
+        assert why in refused.value.why
+    with pytest.raises(UsageError, match="for one reduction or pattern, and there are 2"):
+        twice = ",".join(["raise-attention", *["sparsify-attention{pattern=Neighborhood(3)}"] * 2])
+        tokenopt.optimize(program("head"), passes=twice, budget="flops=90%")
+
+
 WRONG = ["latency=0ms", "flops=4ms", "flops", "flops=0%", "tokens=130%", "flops=-1", "60%", "flops=1.2.3", "flops=."]
 
 

@@ -1,4 +1,4 @@
-"""Budgets without data: the shape of a recipe's schedule, scaled until the program costs what it may."""
+"""Budgets without data: a recipe's schedule, or what its patterns see, scaled until the program costs what it may."""
 
 from __future__ import annotations
 
@@ -12,12 +12,14 @@ from tokenopt.analysis.sites import find_sites
 from tokenopt.cost import program_flops
 from tokenopt.errors import BudgetError, UsageError
 from tokenopt.passes.reduce_tokens import Planner, ReduceTokens
+from tokenopt.passes.sparsify_attention import SparsifyAttention
 from tokenopt.program import Edit, Program
 from tokenopt.schedule import Budget, Schedule
 
 _REWRITES = 8
 _STRONGEST = (0.95, 0.9, 0.75, 0.5)  # of the factor that leaves next to nothing
 _CLOSE = 0.005  # a share this little below the budget is near enough
+_SHARES = 100  # of what patterns see, that are told apart
 
 
 def within(budget: Budget, step: ReduceTokens, program: Program) -> ReduceTokens:
@@ -81,6 +83,67 @@ def within(budget: Budget, step: ReduceTokens, program: Program) -> ReduceTokens
             low = factor
         factor = (low + high) / 2
     return replace(step, schedule=best)
+
+
+def patterns_within(budget: Budget, step: SparsifyAttention, program: Program) -> SparsifyAttention:
+    """Attention patterns that see as much as a budget of operations allows.
+
+    Args:
+        program: in canonical form, as raise-attention leaves it.
+
+    Raises:
+        BudgetError: if the smallest patterns cost more.
+        UsageError: if no number says how much the patterns see; for a budget of anything but operations.
+    """
+    recipe = step.resolved()
+    if recipe.at(1.0) is None:
+        why = "no number says how much its patterns see"
+        raise UsageError(f"recipe {recipe} cannot be scaled to {budget}", why=why)
+    at = lambda share: replace(step, pattern=None, recipe=recipe.at(share), sites="all")  # noqa: E731
+    refused: list[str] = []
+
+    def left(share: float) -> float:
+        reduced = program.clone()
+        result = at(share).run(reduced)
+        refused[:] = [r.why for r in result.refusals]
+        return _flops(program, reduced, [], False)
+
+    return at(largest_share(budget, str(recipe), left, lambda _: next(iter(refused), "")))
+
+
+def largest_share(
+    budget: Budget,
+    recipe: str,
+    left: Callable[[float], float],
+    refused: Callable[[float], str],
+    progress: Callable[[float], None] = lambda _: None,
+) -> float:
+    """The largest share of what a recipe's patterns can see that meets a budget of operations.
+
+    Args:
+        left: the operations that are left where patterns see a share, of the dense program's.
+        refused: why a share changed nothing, asked after ``left``; "" if it did.
+        progress: called with the share that is tried.
+
+    Raises:
+        BudgetError: if the smallest share costs more.
+        UsageError: for another budget.
+    """
+    if budget.metric != "flops":
+        why = "it keeps all tokens" if budget.metric == "tokens" else "only operations can be counted without data"
+        raise UsageError(f"recipe {recipe} cannot be fitted to {budget}", why=why, hint="--budget flops=80%")
+    least = left(1 / _SHARES)
+    if least > budget.share:
+        why = f"where least is seen, {least:.1%} is left: all but attention costs as before"
+        if reason := refused(1 / _SHARES):
+            why = f"{why}; {reason}"
+        raise BudgetError(f"recipe {recipe} cannot meet the budget {budget}", why=why, hint="allow more")
+    low, high = 1, _SHARES + 1
+    while high - low > 1:
+        middle = (low + high) // 2
+        progress(middle / _SHARES)
+        low, high = (middle, high) if left(middle / _SHARES) <= budget.share else (low, middle)
+    return low / _SHARES
 
 
 def _strongest(schedule: Schedule, layers: int, program: Program) -> float:

@@ -18,7 +18,7 @@ from tokenopt.analysis.cuts import find_cuts
 from tokenopt.analysis.sites import AttentionSite, find_sites
 from tokenopt.attention.pattern import Pattern
 from tokenopt.attention.recipe import AttentionRecipe
-from tokenopt.budget import within
+from tokenopt.budget import patterns_within, within
 from tokenopt.calibration import Target
 from tokenopt.cost import program_flops
 from tokenopt.data import find_preprocessing, open_data
@@ -298,12 +298,12 @@ def _learned_part(step: Pass) -> tuple[str, str]:
 
 
 def _budgeted(steps: list[Pass], budget: Budget, program: Program) -> list[Pass]:
-    reducing = [s for s in steps if isinstance(s, ReduceTokens)]
-    if len(reducing) != 1:
-        patterns = any(isinstance(s, SparsifyAttention) for s in steps)
-        hint = "give data, and a budget sets how much a pattern sees (--data PATH)" if patterns else None
-        raise UsageError(f"the budget {budget} is for one reduction, and there are {len(reducing)}", hint=hint)
-    return [within(budget, s, program) if s is reducing[0] else s for s in steps]
+    """The steps with the one reduction, or without any the one that gives patterns, scaled to a budget."""
+    scaled = [s for s in steps if isinstance(s, ReduceTokens)] or [s for s in steps if isinstance(s, SparsifyAttention)]
+    if len(scaled) != 1:
+        raise UsageError(f"the budget {budget} is for one reduction or pattern, and there are {len(scaled)}")
+    scale = within if isinstance(scaled[0], ReduceTokens) else patterns_within
+    return [scale(budget, s, program) if s is scaled[0] else s for s in steps]
 
 
 def _recipe(recipe: Any) -> str | TokenRecipe:

@@ -89,24 +89,26 @@ def fit(
         target = Target()
     batches = Batches.of(data, program)
     others = None if held_out is None else Batches.of(held_out, program)
-    found: list[Calibration] = []
+    found: list[tuple[float, Calibration]] = []
     refused: list[BudgetError | UsageError] = []
     with named_workers(workers) as pool:
         for one, kind in zip(names, kinds, strict=True):
             kept = weights if len(names) == 1 else None
             problem = kind(canonical, one, batches, metric, cache, progress, workers=pool, weights=kept)
             try:
-                found.append(_Fit(problem, budget, strategy or Search(), target, seed, keep_best).run(others))
+                fitting = _Fit(problem, budget, strategy or Search(), target, seed, keep_best)
+                calibration = fitting.run(others)
+                found.append((fitting.score(calibration), calibration))
             except (BudgetError, UsageError) as error:
                 refused.append(error)
             finally:
                 problem.save()
-            if found and found[-1].interrupted:
+            if found and found[-1][1].interrupted:
                 break
     if not found:
         raise refused[0]
-    best = min(found, key=lambda c: c.chosen.deviation if budget.metric != "drop" else c.chosen.cost)
-    best.others = [c for c in found if c is not best]
+    _, best = min(found, key=lambda scored: scored[0])
+    best.others = [c for _, c in found if c is not best]
     return best
 
 
@@ -232,7 +234,7 @@ class _Fit:
         """
         if not self.found:
             raise BudgetError(f"recipe {self.problem.recipe.name} cannot meet the budget {self.budget}")
-        roots = {key: np.sqrt(self.problem.deviations(s).clip(0.0)) for key, s in self.found.items()}
+        roots = {key: self._roots(s) for key, s in self.found.items()}
         allowed = {key for key, s in self.found.items() if self._allowed(self.problem.evaluate(s))}
         least = lambda keys: min(keys, key=lambda key: (roots[key].mean(), key))  # noqa: E731
         trials, fixed = ([key for key in keys if key in allowed] for keys in (self.trials, self.fixed.values()))
@@ -244,6 +246,13 @@ class _Fit:
         gain = roots[usual] - roots[best]
         surely = gain.mean() > gain.std() / len(gain) ** 0.5
         return self.found[best if surely else usual]
+
+    def _roots(self, schedule: Schedule) -> np.ndarray:
+        return np.sqrt(self.problem.deviations(schedule).clip(0.0))
+
+    def score(self, found: Calibration) -> float:
+        """What one recipe is preferred to another by, the less the better, as schedules of one recipe are."""
+        return found.chosen.cost if self.budget.metric == "drop" else float(self._roots(found.schedule).mean())
 
     def _allowed(self, found: Evaluation) -> bool:
         """Whether a schedule loses no more than it may."""

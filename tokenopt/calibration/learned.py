@@ -9,9 +9,9 @@ from tempfile import TemporaryDirectory
 from typing import Any
 
 from tokenopt.attention.recipe import AttentionRecipe
-from tokenopt.budget import SHARES
+from tokenopt.budget import SHARES, largest_share
 from tokenopt.calibration.problem import Problem
-from tokenopt.errors import BudgetError, UsageError
+from tokenopt.errors import UsageError
 from tokenopt.fitting import Attended, attended, fit, fit_to, needs_data
 from tokenopt.passes.reduce_tokens import ReduceTokens
 from tokenopt.passes.sparsify_attention import SparsifyAttention
@@ -20,7 +20,6 @@ from tokenopt.tokens.recipe import TokenRecipe
 from tokenopt.tokens.score import Learned
 
 _EVERYWHERE = Schedule(keep=0.5)
-_SHARES = 100  # that are told apart
 _USUAL = Schedule(keep=0.1)  # to see what seeing less is worth: all but attention stays
 
 
@@ -126,19 +125,11 @@ class Patterns(_Learning):
             BudgetError: if the smallest costs more.
             UsageError: for a budget of tokens: all stay.
         """
-        if budget.metric != "flops":
-            raise UsageError(f"recipe {self.recipe} cannot be fitted to {budget}", why="it keeps all tokens",
-                             hint="--budget flops=80%")  # fmt: skip
-        at = lambda number: Schedule(keep=number / _SHARES)  # noqa: E731
-        least = self.cost_of(at(1), "flops")
-        if least > budget.share:
-            why = f"where least is seen, {least:.1%} is left: all but attention costs as before"
-            if refused := self.refused(at(1)):
-                why = f"{why}; {refused}"
-            raise BudgetError(f"recipe {self.recipe} cannot meet the budget {budget}", why=why, hint="allow more")
-        low, high = 1, _SHARES + 1
-        while high - low > 1:
-            self.progress(f"search the share that is seen, {low}%", 0, 0)
-            middle = (low + high) // 2
-            low, high = (middle, high) if self.cost_of(at(middle), "flops") <= budget.share else (low, middle)
-        return at(low)
+        at = lambda share: Schedule(keep=share)  # noqa: E731
+        return at(
+            largest_share(
+                budget, str(self.recipe), lambda share: self.cost_of(at(share), "flops"),
+                lambda share: self.refused(at(share)) or "",
+                lambda share: self.progress(f"search the share that is seen, {share:.0%}", 0, 0),
+            )
+        )  # fmt: skip
