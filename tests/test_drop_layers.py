@@ -11,16 +11,17 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import tokenopt
-from tokenopt import capture, runtimes
+from tokenopt import capture, diagnostics, runtimes
 from tokenopt.cost import program_flops
-from tokenopt.diagnostics import inactive_heads
-from tokenopt.errors import UsageError
+from tokenopt.diagnostics import head_thresholds
+from tokenopt.errors import BudgetError, UsageError
 from tokenopt.passes.drop_layers import DropLayers
 from tokenopt.passes.fold_constants import FoldConstants
 from tokenopt.passes.raise_attention import RaiseAttention
 from tokenopt.passes.remove_dead import RemoveDead
 from tokenopt.pipeline import Pipeline, PipelineResult, _options
 from tokenopt.program import Program
+from tokenopt.schedule import Budget
 
 WIDTH, HEADS, LAYERS, TEXT, PATCHES = 16, 2, 3, 5, 16
 
@@ -288,16 +289,17 @@ def test_heads_are_voted_on(models: dict[bool, tuple[Reader, Program]], causal: 
     model, program = models[causal]
     batches = [inputs(6), inputs(4)]
     ratio = torch.cat([shares(model, batch) for batch in batches])
+    found = head_thresholds(program, batches, "patch")
     sizes = set()
     for threshold in (ratio.flatten().sort().values[::2] + 1e-4).tolist():
         expected = [(2, h) for h in range(HEADS) if (ratio[:, h] > threshold).float().mean() <= 0.4]
-        assert inactive_heads(program, batches, "patch", threshold) == expected
+        assert [head for head, least in found.items() if least <= threshold] == expected
         sizes.add(len(expected))
     assert sizes == {0, 1, 2}
     with pytest.raises(UsageError, match="no heads to vote on"):
-        inactive_heads(program, batches, "sky", 0.1)
+        head_thresholds(program, batches, "sky")
     with pytest.raises(UsageError, match="no data"):
-        inactive_heads(program, [], "patch", 0.1)
+        head_thresholds(program, [], "patch")
 
 
 @torch.no_grad()
@@ -317,6 +319,38 @@ def test_optimize_drops_the_heads_that_data_choose(models: dict[bool, tuple[Read
         dropped(program, inactive=0.1, segment="patch")
     with pytest.raises(UsageError, match="no number"):
         DropLayers(inactive="few", segment="patch")
+
+
+@torch.no_grad()
+def test_a_budget_drops_as_few_heads_as_it_takes(
+    models: dict[bool, tuple[Reader, Program]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Those first that the fewest samples need: the same as by the threshold that leaves so much."""
+    _, program = models[False]
+    data = [list(inputs(6))]
+    passes = "fold-constants,raise-attention,drop-layers{inactive=%s,segment=patch,seen=false},remove-dead"
+    monkeypatch.setattr(diagnostics, "_ALL_ACTIVE", 1)
+    thresholds = head_thresholds(program, data, "patch")
+    order = sorted(thresholds, key=thresholds.get)
+    assert len(order) == 4
+    left = {}
+    for count in range(5):
+        least = thresholds[order[count - 1]] + 1e-6 if count else 1e-9
+        left[count] = tokenopt.optimize(program, passes=passes % f"{least:.9f}", data=data).program
+    flops = {count: program_flops(found) / program_flops(program) for count, found in left.items()}
+    assert sorted(flops.values(), reverse=True) == list(flops.values()) and flops[4] < flops[0]
+    for count in range(1, 4):
+        budget = Budget("flops", (flops[count] + 2 * flops[count + 1]) / 3)
+        result = tokenopt.optimize(program, passes=passes % 1, data=data, budget=budget)
+        (step,) = (s for s in result.steps if isinstance(s, DropLayers))
+        assert step.heads == ",".join(f"{layer}/{head}" for layer, head in order[: count + 1])
+        given = inputs(3)
+        torch.testing.assert_close(result.program(*given), left[count + 1](*given))
+    with pytest.raises(BudgetError, match="cannot meet") as error:
+        tokenopt.optimize(program, passes=passes % 1, data=data, budget="flops=1%")
+    assert "without the 4 heads that can go" in error.value.why
+    with pytest.raises(UsageError, match="heads cannot be fitted"):
+        tokenopt.optimize(program, passes=passes % 1, data=data, budget="tokens=50%")
 
 
 def test_what_is_refused(program: Program) -> None:

@@ -1,8 +1,8 @@
-"""Budgets without data: a recipe's schedule, or what its patterns see, scaled until the program costs what it may."""
+"""Budgets that are counted: a schedule, what patterns see or how many heads go, until a program costs what it may."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 
 import torch
@@ -11,6 +11,7 @@ from tokenopt.analysis.axes import propagate
 from tokenopt.analysis.sites import find_sites
 from tokenopt.cost import program_flops
 from tokenopt.errors import BudgetError, UsageError
+from tokenopt.passes.drop_layers import DropLayers, heads_text
 from tokenopt.passes.reduce_tokens import Planner, ReduceTokens
 from tokenopt.passes.sparsify_attention import SparsifyAttention
 from tokenopt.program import Edit, Program
@@ -144,6 +145,43 @@ def largest_share(
         progress(middle / _SHARES)
         low, high = (middle, high) if left(middle / _SHARES) <= budget.share else (low, middle)
     return low / _SHARES
+
+
+def heads_within(
+    budget: Budget, step: DropLayers, program: Program, thresholds: Mapping[tuple[int, int], float]
+) -> DropLayers:
+    """As few heads dropped as a budget of operations takes, those first that need the segment least.
+
+    Args:
+        program: in canonical form, as raise-attention leaves it.
+        thresholds: from which threshold on a head, (layer, head), is inactive.
+
+    Raises:
+        BudgetError: if dropping all of them is not enough.
+        UsageError: for a budget of anything but operations.
+    """
+    if budget.metric != "flops":
+        raise UsageError(f"heads cannot be fitted to {budget}", why="only operations are counted", hint="flops=80%")
+    order = sorted(thresholds, key=lambda head: (thresholds[head], head))
+
+    def without(count: int) -> tuple[float, DropLayers]:
+        dropped = replace(step, heads=heads_text(step.heads, order[:count]), inactive=0.0)
+        reduced = program.clone()
+        dropped.run(reduced)
+        return _flops(program, reduced, [], False), dropped
+
+    low, high = -1, len(order)
+    least, best = without(high)
+    if least > budget.share:
+        raise BudgetError(
+            f"{step.name} cannot meet the budget {budget}",
+            why=f"without the {len(order)} heads that can go, {least:.1%} is left", hint="allow more",
+        )  # fmt: skip
+    while high - low > 1:
+        middle = (low + high) // 2
+        left, found = without(middle)
+        low, high, best = (low, middle, found) if left <= budget.share else (middle, high, best)
+    return best
 
 
 def _strongest(schedule: Schedule, layers: int, program: Program) -> float:

@@ -108,17 +108,20 @@ def sinks(
     return [{"site": cut.site.id, **total.result()} for cut, total in zip(seen, totals, strict=True)]
 
 
-def inactive_heads(
-    program: Program, batches: Iterable[Sequence[Tensor]], segment: str, least: float
-) -> list[tuple[int, int]]:
-    """The heads, as (layer, head), that do not need the tokens of a segment.
+def head_thresholds(
+    program: Program, batches: Iterable[Sequence[Tensor]], segment: str
+) -> dict[tuple[int, int], float]:
+    """From which threshold on a head, (layer, head), does not need the tokens of a segment.
 
-    Each sample votes for a head that gives the segment more than ``least`` of what it gives all other tokens. In causal
-    attention that is what the last token gives, which answers; elsewhere the mean of the tokens beside the segment.
-    Heads are active that get more than 40 % of the votes, and so are all of the first two layers.
+    Each sample votes for a head that gives the segment more than a threshold times what it gives all other tokens. In
+    causal attention that is what the last token gives, which answers; elsewhere the mean of the tokens beside the
+    segment. Heads are active that get more than 40 % of the votes, and so are all of the first two layers.
 
     Args:
         batches: inputs of the program, as flat tensors.
+
+    Returns:
+        The least threshold at which each head of the other layers is inactive.
 
     Raises:
         UsageError: if there are no data, or no attention has such a segment among others.
@@ -131,7 +134,7 @@ def inactive_heads(
     for layer, site in enumerate(sites):
         found = next((s for s in site.axis.segments if s.name == segment), None) if _watched(site) else None
         if layer >= _ALL_ACTIVE and found is not None and found.length < site.keys:
-            votes[site.node.name] = _Votes(layer, site, found, least)
+            votes[site.node.name] = _Votes(layer, site, found)
     if not votes:
         why = f"behind the first {_ALL_ACTIVE} layers none has a segment {segment!r} among others"
         raise UsageError("there are no heads to vote on", why=why, hint="inspect shows the segments")
@@ -139,31 +142,32 @@ def inactive_heads(
     with torch.no_grad():
         for batch in batches:
             watch.run(*pytree.tree_leaves(seeing.bind(batch)), enable_io_processing=False)
-    if not all(v.samples for v in votes.values()):
+    if not all(v.ratios for v in votes.values()):
         raise UsageError("there are no data to vote on heads")
-    return [(v.layer, head) for v in votes.values() for head in v.inactive()]
+    return {(v.layer, head): least for v in votes.values() for head, least in enumerate(v.thresholds())}
 
 
 class _Votes:
     """Votes for the heads of one attention."""
 
-    def __init__(self, layer: int, site: AttentionSite, segment: Segment, least: float) -> None:
-        self.layer, self.least = layer, least
+    def __init__(self, layer: int, site: AttentionSite, segment: Segment) -> None:
+        self.layer = layer
         self.columns = slice(segment.start, segment.start + segment.length)
         others = torch.tensor(sorted({*range(site.queries)} - {*range(self.columns.start, self.columns.stop)}))
         self.rows = torch.tensor([site.queries - 1]) if site.causal else others
-        self.votes, self.samples = torch.zeros(site.heads), 0
+        self.ratios: list[Tensor] = []  # [B, H] of each batch
 
     def add(self, args: Sequence[Any], kwargs: dict[str, Any]) -> None:
         """What one batch adds."""
         query, key, _, bias, key_bias = [*args, None, None][:5]
         share = _probabilities(query, key, bias, key_bias, self.rows.to(query.device), kwargs)
         given = share[..., self.columns].sum(-1).mean(2)
-        self.votes += (given > self.least * (1 - given)).float().sum(0).cpu()
-        self.samples += len(query)
+        self.ratios.append((given / (1 - given)).cpu())
 
-    def inactive(self) -> list[int]:
-        return (self.votes <= _VOTES * self.samples).nonzero().flatten().tolist()
+    def thresholds(self) -> list[float]:
+        """Of each head, the least that no more samples exceed than may."""
+        ratios = torch.cat(self.ratios).sort(0).values
+        return ratios[-1 - int(_VOTES * len(ratios))].tolist()
 
 
 def _watched(site: AttentionSite) -> bool:

@@ -18,17 +18,17 @@ from tokenopt.analysis.cuts import find_cuts
 from tokenopt.analysis.sites import AttentionSite, find_sites
 from tokenopt.attention.pattern import Pattern
 from tokenopt.attention.recipe import AttentionRecipe
-from tokenopt.budget import patterns_within, within
+from tokenopt.budget import heads_within, patterns_within, within
 from tokenopt.calibration import Target
 from tokenopt.cost import program_flops
 from tokenopt.data import find_preprocessing, open_data
-from tokenopt.diagnostics import inactive_heads
+from tokenopt.diagnostics import head_thresholds
 from tokenopt.errors import Refusal, UsageError
 from tokenopt.fitting import fit, fit_patterns, needs_data
 from tokenopt.inspection import axis_dict, refusal_of
 from tokenopt.parity import Parity
 from tokenopt.passes.canonicalize import canonical_passes, canonicalize
-from tokenopt.passes.drop_layers import DropLayers
+from tokenopt.passes.drop_layers import DropLayers, heads_text
 from tokenopt.passes.flatten_grids import FlattenGrids
 from tokenopt.passes.fold_constants import FoldConstants
 from tokenopt.passes.raise_attention import RaiseAttention
@@ -144,10 +144,12 @@ def optimize(
             schedule = calibrated.schedule if isinstance(recipe, TokenRecipe) else None
         done = stage("rewrite")
         steps = _steps(passes, recipe, schedule, settings, short_outputs, min_speedup)
-        steps = [_fitted(s, program, data, written) for s in steps]
         canonical = canonicalize(program)
-        if budget is not None:
-            steps = _budgeted(steps, Budget.parse(budget), canonical.program)
+        limit = None if budget is None else Budget.parse(budget)
+        limited = limit and _limited(steps, limit)
+        steps = [
+            _settled(s, limit if s is limited else None, program, canonical.program, data, written) for s in steps
+        ]
         gated: list[dict[str, Any]] = []
         if target is not None and (calibrated is None or isinstance(recipe, AttentionRecipe)):
             steps, gated = _gated(steps, canonical.program, target)
@@ -264,23 +266,38 @@ def learns(step: Pass) -> bool:
     return isinstance(step, ReduceTokens) and needs_data(step.resolved()[0])
 
 
-def _fitted(step: Pass, program: Program, data: Any, weights: str | Path) -> Pass:
-    """A step whose recipe has learned from the data what it learns."""
-    if not learns(step):
+def _settled(
+    step: Pass, limit: Budget | None, program: Program, canonical: Program, data: Any, weights: str | Path
+) -> Pass:
+    """A step that has learned from the data what it learns, scaled to a budget."""
+    if isinstance(step, DropLayers) and step.inactive:
+        thresholds = head_thresholds(program, _batches(step, program, data), step.segment)
+        if limit is not None:
+            return heads_within(limit, step, canonical, thresholds)
+        found = [head for head, least in thresholds.items() if least <= step.inactive]
+        return replace(step, heads=heads_text(step.heads, found), inactive=0.0)
+    if learns(step):
+        step = _fitted(step, program, _batches(step, program, data), weights)
+    if limit is None:
         return step
+    return (within if isinstance(step, ReduceTokens) else patterns_within)(limit, step, canonical)
+
+
+def _batches(step: Pass, program: Program, data: Any) -> Iterator[Sequence[Tensor]]:
+    """What a step learns from."""
     if data is None:
         what, why = _learned_part(step)
         hint = "give inputs like those the model is for (--data PATH)"
         raise UsageError(f"{what} learns from data, and there is none", why=why, hint=hint)
     opened = open_data(data, program.inputs, preprocessing=find_preprocessing(data, program.source, program.inputs))
-    batches = (batch.inputs for batch in opened.batches(FITTED))
-    if isinstance(step, DropLayers):
-        found = inactive_heads(program, batches, step.segment, step.inactive)
-        known = [step.heads] * bool(step.heads)
-        return replace(step, heads=",".join([*known, *(f"{layer}/{head}" for layer, head in found)]), inactive=0.0)
-    recipe, schedule = step.resolved() if isinstance(step, ReduceTokens) else (step.resolved(), None)
+    return (batch.inputs for batch in opened.batches(FITTED))
+
+
+def _fitted(step: Pass, program: Program, batches: Iterable[Sequence[Tensor]], weights: str | Path) -> Pass:
     if isinstance(step, SparsifyAttention):
-        return replace(step, pattern=None, recipe=fit_patterns(recipe, program, batches, Path(weights)), sites="all")
+        recipe = fit_patterns(step.resolved(), program, batches, Path(weights))
+        return replace(step, pattern=None, recipe=recipe, sites="all")
+    recipe, schedule = step.resolved()
     return replace(step, recipe=fit(recipe, schedule, program, batches, Path(weights)), settings={})
 
 
@@ -297,13 +314,17 @@ def _learned_part(step: Pass) -> tuple[str, str]:
     return f"recipe {recipe.name}", f"{part.kind} '{part.name}': {part.summary()}"
 
 
-def _budgeted(steps: list[Pass], budget: Budget, program: Program) -> list[Pass]:
-    """The steps with the one reduction, or without any the one that gives patterns, scaled to a budget."""
-    scaled = [s for s in steps if isinstance(s, ReduceTokens)] or [s for s in steps if isinstance(s, SparsifyAttention)]
-    if len(scaled) != 1:
-        raise UsageError(f"the budget {budget} is for one reduction or pattern, and there are {len(scaled)}")
-    scale = within if isinstance(scaled[0], ReduceTokens) else patterns_within
-    return [scale(budget, s, program) if s is scaled[0] else s for s in steps]
+def _limited(steps: list[Pass], budget: Budget) -> Pass:
+    """The step that a budget is for: the reduction; without one, that of patterns, or of heads that are voted on."""
+    kinds = (
+        [s for s in steps if isinstance(s, ReduceTokens)],
+        [s for s in steps if isinstance(s, SparsifyAttention)],
+        [s for s in steps if isinstance(s, DropLayers) and s.inactive],
+    )
+    found = next(filter(None, kinds), [])
+    if len(found) != 1:
+        raise UsageError(f"the budget {budget} is for one reduction or pattern, and there are {len(found)}")
+    return found[0]
 
 
 def _recipe(recipe: Any) -> str | TokenRecipe:

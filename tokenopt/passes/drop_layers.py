@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -40,7 +40,8 @@ class DropLayers(Pass):
         seen: whether the others still attend to the tokens of the segment in these layers and heads. If not, from a
             layer to the last, the segment has left the model.
         inactive: instead of ``heads``: those that give the segment less than this, relative to what they give the
-            others. They are found on data, see `tokenopt.diagnostics.inactive_heads`.
+            others. They are found on data, see `tokenopt.diagnostics.head_thresholds`. With a budget of operations, the
+            least that meets it.
 
     Source: Zhang et al., Treat Visual Tokens as Text?, arXiv:2410.06169 (heads, layers and, with units=0.5, half of the
         hidden units of visual tokens: the first half, in whatever order, as in the authors' code); Wu et al.,
@@ -103,6 +104,11 @@ class DropLayers(Pass):
                     site, cut, which, self.segment, self.seen)  # fmt: skip
             if layer in mlp:
                 yield layer, "mlp", lambda site, cut: editor.drop_mlp(cut, self.segment, self.units)
+
+
+def heads_text(known: str, more: Iterable[tuple[int, int]]) -> str:
+    """Heads as `DropLayers` names them, (layer, head) behind those that are named already."""
+    return ",".join([*[known] * bool(known), *(f"{layer}/{head}" for layer, head in more)])
 
 
 def _heads(text: str, count: int) -> dict[int, set[int]]:
