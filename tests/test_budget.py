@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 import tokenopt
 from tests import recipe_references as refs
 from tests.references import images
-from tokenopt import cli
+from tokenopt import cli, run
 from tokenopt.errors import BudgetError, UsageError
 from tokenopt.program import Program, capture
 from tokenopt.schedule import Budget, Schedule
@@ -68,9 +68,11 @@ def test_a_pattern_sees_as_much_as_the_budget_allows() -> None:
     more = tokenopt.optimize(program("head"), **options, settings={"window": share + 0.01}).report
     assert 0 < share < 1 and flops(more) > wanted
     passes = "raise-attention,sparsify-attention{pattern=Neighborhood(7),min-speedup=0,sites=1:}"
-    some = tokenopt.optimize(program("head"), passes=passes, budget=Budget("flops", (wanted + most) / 2)).report
-    assert [r["site"] for r in some.patterns] == [f"blocks.{i}.attn" for i in (1, 2, 3)]
-    assert flops(some) <= (wanted + most) / 2
+    some = tokenopt.optimize(program("head"), passes=passes, budget=Budget("flops", (wanted + most) / 2))
+    assert [r["site"] for r in some.report.patterns] == [f"blocks.{i}.attn" for i in (1, 2, 3)]
+    assert flops(some.report) <= (wanted + most) / 2
+    again = tokenopt.optimize(program("head"), passes=run._settled(passes, some)).report
+    assert again.patterns == some.report.patterns and again.flops == some.report.flops
 
 
 def test_patterns_that_meet_no_budget() -> None:

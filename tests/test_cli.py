@@ -111,6 +111,20 @@ def test_optimize_again_from_the_resolved_recipe(models: Path, optimised: Path, 
     assert again == yaml.safe_load(recipe.read_text())
 
 
+def test_passes_within_a_budget_are_repeated(models: Path, tokenopt: Cli, tmp_path: Path) -> None:
+    """The resolved recipe says what was found, so that the budget need not be given again."""
+    call = ("optimize", models / "vit.pt", *SHAPE, "-o")
+    passes = "raise-attention,reduce-tokens{recipe=tome},remove-dead"
+    tokenopt(*call, tmp_path / "first", "--passes", passes, "--budget", "flops=90%")
+    resolved = tmp_path / "first" / "recipe.resolved.yaml"
+    assert "{schedule=r=" in yaml.safe_load(resolved.read_text())["passes"]
+    tokenopt(*call, tmp_path / "again", "--recipe", resolved)
+    first, again = (Report.load(tmp_path / name / "report.json") for name in ("first", "again"))
+    assert first.flops == again.flops and first.edits == again.edits
+    assert first.flops["after"] <= 0.9 * first.flops["before"]
+    assert (tmp_path / "again" / "recipe.resolved.yaml").read_text() == resolved.read_text()
+
+
 def test_nothing_changed_is_exit_code_3(models: Path, tokenopt: Cli, tmp_path: Path) -> None:
     result = tokenopt("optimize", models / "mlp.pt", *SHAPE, "-o", tmp_path / "new", code=3)
     assert "nothing was changed" in result.err

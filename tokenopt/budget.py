@@ -100,7 +100,10 @@ def patterns_within(budget: Budget, step: SparsifyAttention, program: Program) -
     if recipe.at(1.0) is None:
         why = "no number says how much its patterns see"
         raise UsageError(f"recipe {recipe} cannot be scaled to {budget}", why=why)
-    at = lambda share: replace(step, pattern=None, recipe=recipe.at(share), sites="all")  # noqa: E731
+    if step.pattern is None:
+        at = lambda share: replace(step, recipe=recipe.at(share), sites="all")  # noqa: E731
+    else:
+        at = lambda share: replace(step, pattern=next(iter(recipe.at(share).pattern.values())))  # noqa: E731
     refused: list[str] = []
 
     def left(share: float) -> float:

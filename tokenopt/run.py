@@ -346,7 +346,8 @@ def optimize_model(
                 report.diagnostics = diagnose(result.dense, [[t[:rows] for t in given[0][: len(inputs)]]])
                 samples = gallery(result, given[0])
         report.timings |= clock.seconds
-        (staging.path / RECIPE).write_text(resolved_recipe(report, passes), encoding="utf-8")
+        repeated = None if passes is None else _settled(passes, result)
+        (staging.path / RECIPE).write_text(resolved_recipe(report, repeated), encoding="utf-8")
         _write(report, samples, staging.path)
         staging.commit(obsolete=_earlier_files(out))
     return Outcome(report, changed=True)
@@ -494,6 +495,12 @@ def resolved_recipe(report: Report, passes: str | None) -> str:
         content = {"recipe": recipe, "schedule": report.schedule}
     content |= {"model": report.model["digest"], "tokenopt": __version__}
     return yaml.dump(content, Dumper=_Dumper, sort_keys=False, width=120)
+
+
+def _settled(passes: str, result: Result) -> str:
+    """Passes as text, with what was found for them on data or within a budget; what they learned has no text."""
+    learned = any(isinstance(getattr(s, "recipe", None), (TokenRecipe, AttentionRecipe)) for s in result.steps)
+    return passes if learned else ",".join(s.spec for s in result.steps)
 
 
 def _learned_weights(recipe: Mapping[str, Any]) -> Path | None:
