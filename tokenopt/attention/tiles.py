@@ -18,9 +18,9 @@ from tokenopt.attention.pattern import Lowered, Mask, Refused
 _PAIRS = 2**25  # pairs of tokens looked at in one go
 
 # What tiles cost in units of one query-key pair of dense attention, fitted to ONNX Runtime on a CPU with AVX-512, which
-# goes head by head (benchmarks/attention.py): a pair of a tile costs as much as a dense one, with a mask more, and
-# gathering a key with its value, opening a tile, and gathering a query and its result cost so many pairs.
-_PAIR, _MASKED, _KEY, _TILE, _QUERY = 1.05, 1.2, 11.0, 1400.0, 15.0
+# computes a few tiles of one head at a time (benchmarks/attention.py): a pair of a tile costs about as much as a dense
+# one, and gathering a key with its value, opening a tile, and gathering a query and its result cost so many pairs.
+_PAIR, _MASKED, _KEY, _TILE, _QUERY = 0.87, 1.1, 13.5, 200.0, 44.0
 
 
 @dataclass(frozen=True)

@@ -44,18 +44,25 @@ def tiled_attention(
              scale defaults to D ** -0.5.
     Equals:  attention(query, key, value, bias) where bias is -inf but for the pairs of a tile.
     """
-    heads = query.shape[1]
-    _, tiles, size = queries.shape
     scale = query.shape[-1] ** -0.5 if scale is None else scale
-    few = None
-    if rows.shape[0]:
-        few = attention(query.index_select(2, rows), key, value, row_mask, key_bias, scale=scale)
     compute = None
     if absent is None:
         compute = native.native("tiled_attention", query, key, value, queries, keys, mask, key_bias)
-    if compute is not None:
-        out = compute(query, key, value, queries, keys, mask, key_bias, scale=scale)
-        return out if few is None else out.index_copy_(2, rows, few)
+    if compute is None:
+        out = of_tiles(query, key, value, queries, keys, mask, absent, key_bias, scale)
+        return placed(out, query, key, value, order, rows, row_mask, key_bias, scale)
+    out = compute(query, key, value, queries, keys, mask, key_bias, scale=scale)
+    if not rows.shape[0]:
+        return out
+    return out.index_copy_(2, rows, attention(query.index_select(2, rows), key, value, row_mask, key_bias, scale=scale))
+
+
+def of_tiles(
+    query: Tensor, key: Tensor, value: Tensor, queries: Tensor, keys: Tensor, mask: Tensor | None,
+    absent: Tensor | None, key_bias: Tensor | None, scale: float,
+) -> Tensor:  # fmt: skip
+    """The results of all tiles of `tiled_attention`, [B, H, T * Q, E]."""
+    _, tiles, size = queries.shape
     q = _take(query, queries)
     k, v = _take(key, keys), _take(value, keys)
     bias = mask
@@ -68,12 +75,20 @@ def tiled_attention(
         column = absent.to(query.dtype).unsqueeze(-1).expand(*bias.shape[: max(bias.dim() - 4, 0)], -1, -1, -1, 1)
         lead = torch.broadcast_shapes(bias.shape[:-1], column.shape[:-1])
         bias = torch.cat([bias.expand(*lead, -1), column.expand(*lead, -1)], -1)
-    out = attend(q, k, v, bias, scale)
-    out = out.flatten(2, 3)
-    out = out if few is None else torch.cat([out, few], 2)
+    return attend(q, k, v, bias, scale).flatten(2, 3)
+
+
+def placed(
+    out: Tensor, query: Tensor, key: Tensor, value: Tensor, order: Tensor, rows: Tensor, row_mask: Tensor | None,
+    key_bias: Tensor | None, scale: float,
+) -> Tensor:  # fmt: skip
+    """What `of_tiles` gives, and the rows that see all keys behind it, in the order of the tokens."""
+    if rows.shape[0]:
+        few = attention(query.index_select(2, rows), key, value, row_mask, key_bias, scale=scale)
+        out = torch.cat([out, few], 2)
     if order.shape[0] == 1:
         return out.index_select(2, order[0])
-    return out.flatten(1, 2).index_select(1, _flat(order, out.shape[2])).unflatten(1, (heads, -1))
+    return out.flatten(1, 2).index_select(1, _flat(order, out.shape[2])).unflatten(1, (query.shape[1], -1))
 
 
 @op(

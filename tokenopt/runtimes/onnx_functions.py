@@ -1,28 +1,25 @@
 """Operations that keep their name in an ONNX file: a node of the domain ``tokenopt``, and a function that is its body.
 
 A runtime that knows the operation claims the node; every other one runs the function. Nodes that are alike share one.
-On a CPU, the function of a large attention goes head by head, so that what lies between its products stays in the
-cache.
+On a CPU, the function of a large attention in tiles is made of loops.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from math import prod
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
 from tokenopt.ops import attentions, references
+from tokenopt.runtimes import onnx_loops
 
 if TYPE_CHECKING:
     import onnx_ir as ir
 
 DOMAIN = "tokenopt"
 _BATCH = 2  # of the example that a body is traced with
-_TILED = ("tiled_attention", "neighborhood_attention", "pooled_tiled_attention")
-_LOOPED = 2**15  # logits of a head, at least: a loop costs ONNX Runtime tens of microseconds for each
 _DTYPES = {"FLOAT": "float32", "FLOAT16": "float16", "BFLOAT16": "bfloat16", "DOUBLE": "float64", "INT64": "int64",
            "BOOL": "bool"}  # fmt: skip
 
@@ -74,7 +71,7 @@ def add_functions(
         if key not in bodies:
             number = sum(k[0] == node.op_type for k in bodies) + 1
             name = node.op_type if number == 1 else f"{node.op_type}_{number}"
-            bodies[key] = _function(node, name, opset, cpu and _gains_by_head(node), translate)
+            bodies[key] = _function(node, name, opset, cpu, translate)
             model.functions[bodies[key].identifier()] = bodies[key]
         node.op_type = bodies[key].name
     if bodies:
@@ -87,60 +84,53 @@ def _signature(value: ir.Value | None) -> Any:
     return value.dtype, tuple(d if isinstance(d, int) else None for d in value.shape)
 
 
-def _gains_by_head(node: ir.Node) -> bool:
-    """Whether all heads of all samples do the same, in tiles, and much enough."""
-    names = [a.name for a in _operation(node)._schema.arguments]
-    shapes = {n: tuple(v.shape) for n, v in zip(names, node.inputs, strict=False) if v is not None}
-    if node.op_type not in _TILED or "key_bias" in shapes:
-        return False
-    leading = [*shapes["queries"][:1], *(d for n in ("mask", "row_mask") for d in shapes.get(n, ())[:-3])]
-    return all(d == 1 for d in leading) and prod(shapes["queries"]) * shapes["keys"][-1] >= _LOOPED
-
-
-def _operation(node: ir.Node) -> Any:
-    return getattr(torch.ops.tokenopt, node.op_type).default
-
-
-def _function(node: ir.Node, name: str, opset: int, by_head: bool, translate: Callable[..., ir.Model]) -> ir.Function:
+def _function(node: ir.Node, name: str, opset: int, cpu: bool, translate: Callable[..., ir.Model]) -> ir.Function:
     import onnx_ir as ir
 
-    graph = _body(node, by_head, translate)
-    if by_head:
-        graph = _over_heads(graph, [tuple(v.shape) for v in node.inputs[:3]])
-    for i, (argument, value) in enumerate(zip(_operation(node)._schema.arguments, node.inputs, strict=False)):
-        if value is None:  # an operand that is left out has its place all the same
+    operation = getattr(torch.ops.tokenopt, node.op_type).default
+    settings = {name: attribute.value for name, attribute in node.attributes.items()}
+    names = [a.name for a, _ in zip(operation._schema.arguments, node.inputs, strict=False)]
+    values = {n: v for n, v in zip(names, node.inputs, strict=True) if v is not None}
+    if cpu and onnx_loops.pays(node.op_type, {n: tuple(v.shape) for n, v in values.items()}):
+        examples = {n: _example(v) for n, v in values.items()}
+        graph = onnx_loops.looped(examples, settings.get("scale"), lambda call, given: _traced(call, given, translate))
+    else:
+        graph = _body(operation, settings, [*values], list(values.values()), translate)
+    for i, argument in enumerate(names):
+        if argument not in values:  # an operand that is left out has its place all the same
             graph.inputs.insert(i, ir.Value())
-        graph.inputs[i].name = argument.name
+        graph.inputs[i].name = argument
     graph.opset_imports[""] = opset
     attributes = [ir.Attr(key, attribute.type, None) for key, attribute in node.attributes.items()]
     return ir.Function(DOMAIN, name, graph=graph, attributes=attributes)
 
 
-def _body(node: ir.Node, by_head: bool, translate: Callable[..., ir.Model]) -> ir.Graph:
-    """The reference in the operators of ONNX, of the operands that are there; of one head, [N, D], or of all."""
-    import onnx_ir as ir
+def _body(
+    operation: Any, settings: dict[str, Any], names: list[str], values: list[ir.Value], translate: Callable[..., Any]
+) -> ir.Graph:
+    """The reference of an operation in the operators of ONNX."""
+    reference = references()[operation]
 
-    reference = references()[_operation(node)]
-    settings = {name: attribute.value for name, attribute in node.attributes.items()}
-    given = [value is not None for value in node.inputs]
+    def call(*tensors: Tensor) -> Tensor:
+        return reference(**dict(zip(names, tensors, strict=True)), **settings)
+
+    batch = torch.export.Dim("batch", min=1)
+    dynamic = tuple({i: batch for i, d in enumerate(v.shape) if not isinstance(d, int)} for v in values)
+    return _traced(call, [_example(v) for v in values], translate, dynamic)
+
+
+def _traced(
+    call: Callable[..., Tensor], examples: list[Tensor], translate: Callable[..., ir.Model], dynamic: Any = None
+) -> ir.Graph:
+    """A function of tensors in the operators of ONNX, without initializers: functions have none."""
+    import onnx_ir as ir
 
     class Body(torch.nn.Module):
         def forward(self, *tensors: Tensor) -> Tensor:
-            if by_head:
-                tensors = (*(x[None, None] for x in tensors[:3]), *tensors[3:])
-            left = iter(tensors)
-            out = reference(*(next(left) if there else None for there in given), **settings)
-            return out[0, 0] if by_head else out
+            return call(*tensors)
 
-    values = [v for v in node.inputs if v is not None]
-    examples = [_example(v) for v in values]
-    batch = torch.export.Dim("batch", min=1)
-    dynamic = [{i: batch for i, d in enumerate(v.shape) if not isinstance(d, int)} for v in values]
-    if by_head:
-        examples[:3] = (x[0, 0] for x in examples[:3])
-        dynamic[:3] = ({}, {}, {})
-    exported = torch.export.export(Body(), tuple(examples), dynamic_shapes=(tuple(dynamic),), strict=False)
-    graph = translate(exported).graph
+    shapes = None if dynamic is None else (dynamic,)
+    graph = translate(torch.export.export(Body(), tuple(examples), dynamic_shapes=shapes, strict=False)).graph
     for constant in list(graph.initializers.values()):
         literal = ir.node("Constant", [], attributes={"value": constant.const_value})
         ir.convenience.replace_all_uses_with(constant, literal.outputs[0])
@@ -150,36 +140,6 @@ def _body(node: ir.Node, by_head: bool, translate: Callable[..., ir.Model]) -> i
     for inner in graph:
         inner.metadata_props.clear()
     return graph
-
-
-def _over_heads(head: ir.Graph, shapes: list[tuple[Any, ...]]) -> ir.Graph:
-    """The graph of one head as the body of a loop over those of all samples.
-
-    Args:
-        shapes: of query, key and value, [B, H, N, D].
-    """
-    import onnx_ir as ir
-
-    nodes = []
-
-    def add(operator: str, inputs: list[ir.Value], **attributes: Any) -> ir.Value:
-        name = f"outer_{len(nodes)}"  # unlike those in the loop
-        nodes.append(ir.node(operator, inputs, attributes=attributes, outputs=[ir.Value(name=name)]))
-        return nodes[-1].outputs[0]
-
-    def reshape(value: ir.Value, *shape: int) -> ir.Value:
-        return add("Reshape", [value, add("Constant", [], value_ints=shape)])
-
-    arguments = [ir.Value() for _ in head.inputs]
-    whole = arguments[: len(shapes)]
-    for inner, outer in list(zip(head.inputs, arguments, strict=True))[len(shapes) :]:  # tables, read from within
-        ir.convenience.replace_all_uses_with(inner, outer)
-    del head.inputs[len(shapes) :]
-    head.name = "head"
-    heads = [reshape(value, -1, *shape[2:]) for value, shape in zip(whole, shapes, strict=True)]
-    out = add("Scan", heads, body=head, num_scan_inputs=len(heads))
-    out = reshape(out, -1, *shapes[0][1:3], shapes[2][3])
-    return ir.Graph(arguments, [out], nodes=nodes)
 
 
 def _example(value: ir.Value) -> Tensor:
