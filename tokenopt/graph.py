@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import contextlib
 import itertools
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from functools import lru_cache
 from typing import Any
 
 import torch
@@ -144,28 +146,24 @@ class GraphEditor:
         if not all(isinstance(v, _PLAIN) for v in leaves) or len(devices) != 1:
             return None
         (device,) = devices
-        there = target._schema.name in _LAYOUT_OF_DEVICE
-        where, without_data = (device, FakeTensorMode()) if there else ("meta", contextlib.nullcontext())
         sizes = [s for v in tensors for s in v.shape]
         batch = next((s for s in sizes if isinstance(s, torch.SymInt) and s.node.expr.is_Symbol), None)
 
-        def run(rows: int) -> Any:
+        def example(rows: int) -> Any:
             number = lambda s: int(s.node.expr.subs(batch.node.expr, rows)) if isinstance(s, torch.SymInt) else s  # noqa: E731
-            example = lambda v: _empty([number(s) for s in _layout(v)], v.dtype, where)  # noqa: E731
-            with without_data, torch.no_grad():
-                inputs = [example(v) if isinstance(v, Tensor) else number(v) for v in leaves]
-                run_args, run_kwargs = pytree.tree_unflatten(inputs, spec)
-                return target(*run_args, **run_kwargs)
+            like = lambda v: _Like(tuple(map(number, _layout(v))), v.dtype)  # noqa: E731
+            of = lambda v: like(v) if isinstance(v, Tensor) else number(v)  # noqa: E731
+            return _result(target, spec, tuple((type(v), of(v)) for v in leaves), device)
 
         try:
-            few, many = map(run, _EXAMPLE_BATCHES)
+            few, many = map(example, _EXAMPLE_BATCHES)
         except Exception:  # where symbols are followed, the error is reported
             return None
         results, result_spec = pytree.tree_flatten(few)
-        if not all(isinstance(r, Tensor) for r in results):
+        if not all(isinstance(r, _Like) for r in results):
             return None
         layouts = [
-            [_symbolic(x, y, batch) for x, y in zip(_layout(a), _layout(b), strict=True)]
+            [_symbolic(x, y, batch) for x, y in zip(a.layout, b.layout, strict=True)]
             for a, b in zip(results, pytree.tree_leaves(many), strict=True)
         ]
         if any(None in layout for layout in layouts):
@@ -213,11 +211,31 @@ class GraphEditor:
         sync_outputs(self.program)
 
 
+@dataclass(frozen=True)
+class _Like:
+    """A tensor without data: sizes and strides, one behind the other."""
+
+    layout: tuple[int, ...]
+    dtype: torch.dtype
+
+
+@lru_cache(maxsize=2**14)  # layers are alike, and so are passes
+def _result(target: Any, spec: pytree.TreeSpec, leaves: tuple[tuple[type, Any], ...], device: torch.device) -> Any:
+    """What an operation gives for operands: tensors in it as `_Like`."""
+    there = target._schema.name in _LAYOUT_OF_DEVICE
+    where, without_data = (device, FakeTensorMode()) if there else ("meta", contextlib.nullcontext())
+    with without_data, torch.no_grad():
+        inputs = [_empty(v.layout, v.dtype, where) if isinstance(v, _Like) else v for _, v in leaves]
+        args, kwargs = pytree.tree_unflatten(inputs, spec)
+        found = target(*args, **kwargs)
+    return pytree.tree_map(lambda v: _Like(tuple(_layout(v)), v.dtype) if isinstance(v, Tensor) else v, found)
+
+
 def _layout(value: Tensor) -> tuple[Any, ...]:
     return (*value.shape, *value.stride())
 
 
-def _empty(layout: list[Any], dtype: torch.dtype, device: Any) -> Tensor:
+def _empty(layout: Sequence[Any], dtype: torch.dtype, device: Any) -> Tensor:
     rank = len(layout) // 2
     return torch.empty_strided(layout[:rank], layout[rank:], dtype=dtype, device=device)
 
@@ -250,7 +268,6 @@ def infer_shapes(program: Program) -> None:
         if node.op == "call_function":
             editor.infer(node)
     sync_outputs(program)
-    program.exported.graph_module.recompile()
 
 
 def sync_outputs(program: Program) -> None:
@@ -306,7 +323,6 @@ def remove_dead(program: Program) -> int:
     for table in (exported.state_dict, exported.constants):
         for name in [n for n in table if n not in used]:
             del table[name]
-    exported.graph_module.recompile()
     return removed
 
 

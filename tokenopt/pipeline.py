@@ -95,6 +95,7 @@ class Pipeline:
             program.provenance += done.edits
             if self.hook is not None:
                 self.hook(step, done, seconds)
+        program.exported.graph_module.recompile()  # its code; passes change the graph alone
         return result
 
 

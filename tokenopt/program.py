@@ -356,11 +356,8 @@ def _rebuild(exported: ExportedProgram) -> ExportedProgram:
     for old, new in mapping.items():
         new.meta = dict(old.meta)
         new.name = old.name  # fx renames a placeholder called "input"; the signature does not
-    graph.set_codegen(graph_module.graph._codegen)
-    module = fx.GraphModule(graph_module, graph)
-    module.meta = dict(graph_module.meta)
     return ExportedProgram(
-        root=module,
+        root=graph_module,
         graph=graph,
         graph_signature=copy.deepcopy(exported.graph_signature),
         state_dict=dict(exported.state_dict),

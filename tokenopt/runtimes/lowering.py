@@ -40,6 +40,7 @@ def lower(
     _squeeze_ones(lowered.graph)
     _keep_tensor_outputs(lowered)
     remove_dead(lowered)
+    lowered.exported.graph_module.recompile()  # decomposing runs its code
     return for_exporter(lowered.exported, opset, floor, named, plugins)
 
 
