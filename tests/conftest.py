@@ -7,6 +7,7 @@ import importlib.util
 import os
 import signal
 from collections.abc import Iterator
+from functools import lru_cache
 
 import pytest
 import torch
@@ -39,6 +40,16 @@ def _reproducible() -> None:
     """The same random numbers in every test, whatever ran before it and in which process."""
     torch.manual_seed(0)
     torch.set_num_threads(1)
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _conversions() -> Iterator[None]:
+    """The table of conversions to ONNX is made once: torch makes it for every export, in a good half second."""
+    from torch.onnx._internal.exporter._registration import ONNXRegistry
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(ONNXRegistry, "from_torchlib", staticmethod(lru_cache(ONNXRegistry.from_torchlib)))
+        yield
 
 
 @pytest.fixture(scope="module")

@@ -14,6 +14,7 @@ import tokenopt
 from tokenopt import runtimes
 from tokenopt.attention import Global, Layout, Mask, Neighborhood, per_head
 from tokenopt.attention.tiles import absent_keys, reference_mask
+from tokenopt.runtimes import onnx_loops
 
 HEADS = 2
 
@@ -81,7 +82,7 @@ def steps(path: Path) -> int:
 
 CASES = {
     "window": (Neighborhood(7), layout(20, 20)),
-    "many tiles": (Neighborhood(9), layout(39, 40)),
+    "one tile": (Neighborhood(63), layout(80)),
     "class token": (Neighborhood((3, 9)), layout(19, 21, before=1)),
     "zero border": (Neighborhood(9, border="zero"), layout(20, 18, before=1)),
     "what others see": (Neighborhood(7) | Global(first=3), layout(20, 20, before=2)),
@@ -89,13 +90,22 @@ CASES = {
 }
 
 
+@pytest.fixture
+def little(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Little work is looped over too, in steps of few keys."""
+    monkeypatch.setattr(onnx_loops, "_LOGITS", 2**12)
+    monkeypatch.setattr(onnx_loops, "_KEYS", 2**8)
+
+
+@pytest.mark.usefixtures("little")
 @pytest.mark.parametrize("name", CASES)
 def test_a_loop_over_heads_computes_the_pattern(name: str, tmp_path: Path) -> None:
     pattern, where = CASES[name]
     path = tmp_path / "model.onnx"
     engine = written(Attend(pattern, where), operands(where, 2), path)
     assert set(operators(path)) == {"Constant", "Reshape", "Scan"} and operators(path).count("Scan") == 1
-    assert steps(path) > 1 if name == "many tiles" else steps(path) >= 1
+    tiles = Attend(pattern, where).queries.shape[1]
+    assert tiles % steps(path) == 0 and (steps(path) > 1) is (tiles > 1)
     (node,) = onnx.load(path).graph.node
     assert node.domain == "tokenopt" and node.op_type in ("tiled_attention", "neighborhood_attention")
     for batch in (1, 3):
@@ -106,9 +116,9 @@ def test_a_loop_over_heads_computes_the_pattern(name: str, tmp_path: Path) -> No
 
 def test_what_a_loop_cannot_do_or_does_no_faster(tmp_path: Path) -> None:
     """Tables of each head, a bias of each sample, little work, and a file that is for a GPU."""
-    large = layout(20, 20)
+    large = layout(32, 32)
     heads = per_head([Neighborhood(7), Neighborhood((3, 15))])
-    cases = {"heads": (heads, large, True), "small": (Neighborhood(3), layout(8, 8), True),
+    cases = {"heads": (heads, large, True), "small": (Neighborhood(3), layout(16, 16), True),
              "gpu": (Neighborhood(7), large, False)}  # fmt: skip
     for name, (pattern, where, cpu) in cases.items():
         path = tmp_path / f"{name}.onnx"
@@ -123,6 +133,7 @@ def test_what_a_loop_cannot_do_or_does_no_faster(tmp_path: Path) -> None:
     torch.testing.assert_close(engine(*given)[0], Weighted(Neighborhood(7), large)(*given), rtol=1e-5, atol=1e-5)
 
 
+@pytest.mark.usefixtures("little")
 def test_attentions_of_one_kind_share_a_loop(tmp_path: Path) -> None:
     where = layout(20, 20)
 

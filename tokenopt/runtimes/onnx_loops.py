@@ -18,8 +18,8 @@ if TYPE_CHECKING:
     import onnx_ir as ir
 
 _TILED = ("tiled_attention", "neighborhood_attention")
-_LOGITS = 2**15  # of a head, at least: a loop costs ONNX Runtime tens of microseconds for each
-_KEYS = 2**12  # that a step gathers, at most: with 64 features, 2 MiB of keys and values
+_LOGITS = 2**16  # of a head, at least: a loop costs ONNX Runtime tens of microseconds for each, more with many threads
+_KEYS = 2**13  # that a step gathers, at most: with 64 features, 4 MiB of keys and values
 
 Trace = Callable[[Callable[..., Tensor], list[Tensor]], "ir.Graph"]
 
