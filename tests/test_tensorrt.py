@@ -198,6 +198,9 @@ def test_errors_of_the_parser_and_the_builder(tmp_path: Path) -> None:
     with pytest.raises(LoweringError) as caught:
         _build(tmp_path, helper.make_node("NonZero", ["x"], ["y"], name="culprit"), [x])
     assert "NonZero culprit" in str(caught.value)
+    with pytest.raises(LoweringError, match="knows no such node") as caught:
+        _build(tmp_path, helper.make_node("Det", ["x"], ["y"], name="culprit"), [x])
+    assert caught.value.where == "Det culprit"
     odd = helper.make_tensor_value_info("x", TensorProto.FLOAT, ["a", "b"])
     with pytest.raises(LoweringError, match="only the first size"):
         _build(tmp_path, helper.make_node("Relu", ["x"], ["y"]), [odd])

@@ -54,7 +54,10 @@ def build(request: dict[str, Any]) -> None:
     if not parser.parse_from_file(request["onnx"]):
         error = parser.get_error(0)
         where = " ".join(text for text in (error.node_operator(), error.node_name()) if text)
-        raise Failure(error.desc(), where or None)
+        why = error.desc()
+        if why == "false":  # the text of an assertion that cannot hold
+            why = f"it knows no such node ({error.code().name})"
+        raise Failure(why, where or None)
     _allow_decomposed_attention(trt, network)
     config = builder.create_builder_config()
     if not request["tf32"] and hasattr(trt.BuilderFlag, "TF32"):
