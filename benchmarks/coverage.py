@@ -91,11 +91,10 @@ def cover(name: str, entry: Entry, onnx: bool, engine: bool) -> Row:
         sites, _ = find_sites(axes)
         cuts, refusals = find_cuts(axes, sites)
         constant = _constant_attentions(program)  # a decoder's first layer over learned queries folds away
-        expected = entry.attentions - entry.unread
-        row.sites = f"{len(sites) + constant}/{expected}"
+        row.sites = f"{len(sites) + constant}/{entry.attentions}"
         row.raised = str(sum(s.raised for s in sites))
         row.legal = str(len(cuts))
-        row.failed |= len(sites) + constant != expected or (entry.plain_encoder and not cuts)
+        row.failed |= len(sites) + constant != entry.attentions or (entry.plain_encoder and not cuts)
         if axes.opaque:
             row.note = f"no axis rule: {', '.join(sorted({str(n.target) for n in axes.opaque}))}"
         if not cuts and refusals:

@@ -39,8 +39,6 @@ class Entry:
         family: what is special about it, for grouping a table.
         plain_encoder: one stream of tokens through blocks of global attention: it must be reducible.
         dynamic: whether the batch dimension can stay dynamic in a capture.
-        unread: attentions whose result nothing reads (behind the layer that features are taken from); a capture drops
-            them.
         extra_softmaxes: softmaxes in eager mode beyond one per attention; negative for attention without a softmax.
     """
 
@@ -50,7 +48,6 @@ class Entry:
     plain_encoder: bool = False
     dynamic: bool = True
     extra_softmaxes: int = 0
-    unread: int = 0
 
 
 ZOO: dict[str, Entry] = {}
@@ -419,7 +416,7 @@ hf("CLIPModel", lambda t: t.CLIPConfig(text_config=TEXT, vision_config=IMAGE, pr
    lambda: text() | pixels(), 6, "two towers")
 hf("LlavaForConditionalGeneration", lambda t: t.LlavaConfig(vision_config=t.CLIPVisionConfig(**IMAGE),
        text_config=t.LlamaConfig(**DECODER), image_token_id=59, vision_feature_layer=-2),
-   lambda: _multimodal(2, 64, 8), 5, "vlm", dynamic=False, unread=1)  # 3 and 2, in all three
+   lambda: _multimodal(2, 64, 8), 5, "vlm", dynamic=False)  # 3 and 2, in all three
 hf("PaliGemmaForConditionalGeneration", lambda t: t.PaliGemmaConfig(
        vision_config=t.SiglipVisionConfig(**IMAGE, vision_use_head=False),
        text_config=t.GemmaConfig(**DECODER, num_key_value_heads=1, head_dim=16), image_token_id=59, projection_dim=48),

@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
 import torch
 from torch import Tensor, nn
+from transformers.utils import ModelOutput
 
 from tests import references
 from tokenopt.errors import AxisConflict, CaptureError
 from tokenopt.loading import load_program
 from tokenopt.optimization import optimize
-from tokenopt.program import Program, capture
+from tokenopt.program import Program, capture, flatten_tensors
 
 
 @pytest.fixture(scope="module")
@@ -113,3 +115,33 @@ def test_what_cannot_be_captured_says_why(model: nn.Module, message: str) -> Non
         capture(model, torch.randn(2, 6))
     assert error.value.why
     assert error.value.hint
+
+
+@dataclass
+class Late(ModelOutput):
+    """As transformers' own: a result of a field that is set last comes last, and made anew where its class has it."""
+
+    first: Tensor | None = None
+    second: Tensor | None = None
+    third: Tensor | None = None
+
+
+def test_fields_of_results_keep_their_values(tmp_path: Path) -> None:
+    class Model(torch.nn.Module):
+        def forward(self, x: Tensor) -> Late:
+            result = Late(first=x + 1, third=(x[:, :2] * 3, None))
+            result["second"] = x * 2
+            return result
+
+    x, model = torch.randn(3, 4), Model()
+    assert list(model(x).keys()) == ["first", "third", "second"]
+    program = capture(model, x)
+    torch.export.save(torch.export.export(model, (x,)), tmp_path / "theirs.pt2")
+    for found in (program, load_program(program.save(tmp_path / "ours.pt2")), load_program(tmp_path / "theirs.pt2")):
+        result = found(x)
+        assert [s.shape for s in found.outputs] == [(found.outputs[0].shape[0], n) for n in (4, 4, 2)]
+        for name, expected in (("first", x + 1), ("second", x * 2)):
+            assert torch.equal(result[name], expected)
+        assert torch.equal(result["third"][0], x[:, :2] * 3) and result["third"][1] is None
+        for a, b, c in zip(found.flat(x), flatten_tensors(model(x)), (x + 1, x * 2, x[:, :2] * 3), strict=True):
+            assert torch.equal(a, c) and torch.equal(b, c)

@@ -19,7 +19,7 @@ from torch.export.graph_signature import ConstantArgument, InputKind, OutputKind
 from tokenopt.architectures import ARCH_HINT, build_model, offline
 from tokenopt.errors import CaptureError, UsageError
 from tokenopt.example_inputs import Shapes, infer_input_shapes, make_example_inputs, parse_input_shapes
-from tokenopt.program import METADATA_FILE, METADATA_VERSION, Edit, Program, capture
+from tokenopt.program import METADATA_FILE, METADATA_VERSION, Edit, Program, capture, functional
 from tokenopt.safe_archive import load_exported
 from tokenopt.safe_pickle import SAFE_FORMATS, ZIP_MAGIC, load_pickle, reason, unreadable
 
@@ -161,7 +161,7 @@ def _load_exported(path: Path, *, trust: bool) -> Program:
     provenance = [] if metadata is None else _provenance(path, metadata)
     try:
         if metadata is None:  # not ours: bring it into functional form
-            exported = exported.run_decompositions({})
+            exported = functional(exported)
         if exported.example_inputs is None:
             exported.example_inputs = _random_example(exported)
         _name_outputs(exported, metadata)

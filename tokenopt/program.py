@@ -301,7 +301,7 @@ def capture(
     try:
         with torch.no_grad(), _quiet():
             exported = torch.export.export(model, args, kwargs or None, dynamic_shapes=shapes, strict=False)
-            exported = exported.run_decompositions({})
+            exported = functional(exported)
     except Exception as error:  # torch.export raises anything, from any depth of the user's model
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         fixed = dynamic_batch and ("onstraint" in str(error) or "specializ" in str(error))
@@ -325,8 +325,34 @@ def capture(
 
 
 def flatten_tensors(result: Any) -> list[Tensor]:
-    """The tensors of a (nested) model result, in pytree order."""
-    return [v for v in pytree.tree_leaves(result) if isinstance(v, Tensor)]
+    """The tensors of a (nested) model result, in pytree order.
+
+    It is made again first: a ``ModelOutput`` of transformers has its fields in the order in which they were set, and
+    made from these again in another one, that of its class.
+    """
+    leaves, spec = pytree.tree_flatten(result)
+    return [v for v in pytree.tree_leaves(pytree.tree_unflatten(leaves, spec)) if isinstance(v, Tensor)]
+
+
+def functional(exported: ExportedProgram) -> ExportedProgram:
+    """The program without operations that change their operands; it returns what it did, in an order that lasts.
+
+    Making it runs the program, and flattens what its result is made again to (see `flatten_tensors`), but keeps the
+    structure of before: fields would change places.
+    """
+    out = next(n for n in reversed(exported.graph.nodes) if n.op == "output")
+    specs, root = exported.graph_signature.output_specs, exported.module_call_graph[0].signature
+    given = [i for i, spec in enumerate(specs) if spec.kind is OutputKind.USER_OUTPUT]
+    again = pytree.tree_unflatten(given, root.out_spec)
+    order = pytree.tree_leaves(again)
+    if order != given:
+        new = dict(zip(given, order, strict=True))
+        out.args = (tuple(out.args[0][new.get(i, i)] for i in range(len(specs))),)
+        specs[:] = [specs[new.get(i, i)] for i in range(len(specs))]
+        root.outputs[:] = [root.outputs[given.index(i)] for i in order] if root.outputs else []
+        root.out_spec = pytree.tree_structure(again)
+        exported.graph_module.recompile()
+    return exported.run_decompositions({})
 
 
 @contextlib.contextmanager
