@@ -180,6 +180,25 @@ def test_what_the_exporter_gets_wrong_is_rewritten(tmp_path: Path) -> None:
     assert "NonZero" not in node_types(tmp_path / "model.onnx")
 
 
+def test_overlapping_patches_are_summed(tmp_path: Path) -> None:
+    """Without Col2Im, which TensorRT has not."""
+    cases = (
+        ((8, 8), (3, 3), (1, 1), (1, 1), (1, 1)), ((9, 11), (3, 2), (2, 1), (1, 0), (2, 3)),
+        ((8, 9), (2, 3), (1, 2), (0, 1), (3, 2)),
+    )  # fmt: skip
+
+    class Fold(nn.Module):
+        def forward(self, a: Tensor, b: Tensor, c: Tensor) -> tuple[Tensor, ...]:
+            return tuple(F.fold(x, *case) for x, case in zip((a, b, c), cases, strict=True))
+
+    given = lambda rows: [F.unfold(torch.randn(rows, 5, *case[0]), *case[1:]) for case in cases]  # noqa: E731
+    program = capture(Fold(), given(2))
+    engine = runtimes.export(program, tmp_path / "model.onnx")
+    assert difference(engine, program, 3) < 1e-5
+    types = node_types(tmp_path / "model.onnx")
+    assert types.count("ConvTranspose") == len(cases) and "Col2Im" not in types
+
+
 def test_every_kind_of_input_and_output(tmp_path: Path) -> None:
     """Tensors alone come out, in order, each once per mention; inputs are those of the program, in its order."""
     x, mask = torch.randn(2, 4), torch.ones(2, 1)

@@ -158,6 +158,7 @@ def _table(opset: int, floor: bool, named: bool) -> dict[Any, Callable[..., Any]
         aten.masked_scatter.default: _masked_scatter,
         aten.scatter_reduce.two: _scatter_reduce,
         aten.mean.dim: _mean,
+        aten.col2im.default: _fold,
         aten.sort.default: _sort,
         aten.sort.stable: _sort_stable,
         aten.cdist.default: _distances,
@@ -289,6 +290,21 @@ def _mean(x: Tensor, dims: list[int] | None, keepdim: bool = False, *, dtype: to
         return NotImplemented
     shape = [*x.shape[:dim], *[1] * keepdim, *x.shape[dim + 1 :]]
     return (x.new_full((1, x.shape[dim]), 1 / x.shape[dim]) @ x.flatten(dim + 1)).reshape(shape)
+
+
+def _fold(
+    x: Tensor, output_size: list[int], kernel_size: list[int], dilation: list[int], padding: list[int],
+    stride: list[int],
+) -> Tensor:  # fmt: skip
+    """Sums of overlapping patches, [B, C * k, L] or [C * k, L], as a transposed convolution: TensorRT has no Col2Im."""
+    size = kernel_size[0] * kernel_size[1]
+    axes = zip(output_size, kernel_size, dilation, padding, strict=True)
+    room = [n + 2 * p - d * (k - 1) - 1 for n, k, d, p in axes]
+    steps, beyond = zip(*((r // s + 1, r % s) for r, s in zip(room, stride, strict=True)), strict=True)
+    patches = x.reshape(-1, size, *steps)
+    weight = torch.eye(size, dtype=x.dtype, device=x.device).reshape(size, 1, *kernel_size)
+    out = torch.nn.functional.conv_transpose2d(patches, weight, None, stride, padding, beyond, 1, dilation)
+    return out.reshape(*x.shape[:-2], x.shape[-2] // size, *output_size)
 
 
 def _sort(x: Tensor, dim: int = -1, descending: bool = False) -> tuple[Tensor, Tensor]:
