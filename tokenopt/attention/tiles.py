@@ -18,9 +18,10 @@ from tokenopt.attention.pattern import Lowered, Mask, Refused
 _PAIRS = 2**25  # pairs of tokens looked at in one go
 
 # What tiles cost in units of one query-key pair of dense attention, fitted to ONNX Runtime on a CPU with AVX-512, which
-# computes a few tiles of one head at a time (benchmarks/attention.py): a pair of a tile costs about as much as a dense
-# one, and gathering a key with its value, opening a tile, and gathering a query and its result cost so many pairs.
-_PAIR, _MASKED, _KEY, _TILE, _QUERY = 0.87, 1.1, 13.5, 200.0, 44.0
+# computes a few tiles of one head at a time (benchmarks/attention.py): a pair costs somewhat more than a dense one, and
+# gathering a key with its value and opening a tile cost so many pairs. Opening costs a little more than there, so that
+# tiles of few queries, which take torch twice as long, are not chosen for a few per cent.
+_PAIR, _MASKED, _KEY, _TILE = 1.15, 1.28, 8.0, 1400.0
 
 
 @dataclass(frozen=True)
@@ -96,7 +97,7 @@ def additive(mask: Tensor) -> Tensor:
 def tile_cost(tiles: int, queries: int, keys: int, masked: bool) -> float:
     """What attention in tiles costs, in pairs of dense attention."""
     pair = _MASKED if masked else _PAIR
-    return tiles * (queries * (keys * pair + _QUERY) + keys * _KEY + _TILE)
+    return tiles * (queries * keys * pair + keys * _KEY + _TILE)
 
 
 def tile(pattern: Mask, layout: Layout) -> Tiles:
