@@ -364,8 +364,8 @@ def test_patterns_and_reductions_are_compared() -> None:
 def test_without_data_there_is_nothing_to_compare(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(UsageError, match="several recipes: tome, evit"):
         tokenopt.optimize(canonical(), recipe="tome,evit", budget="flops=80%")
-    with pytest.raises(UsageError, match="how much a pattern sees"):
-        tokenopt.optimize(larger(), recipe="nat", budget="flops=80%")
+    with pytest.raises(UsageError, match="paro learns from data"):
+        tokenopt.optimize(larger(), recipe="paro", budget="flops=80%")
     assert run("optimize", tmp_path / "none.pt2", "--recipe", "auto", "-o", tmp_path / "out") == 2
     assert "several recipes" in capsys.readouterr().err  # before the model is looked for
 
