@@ -182,7 +182,7 @@ def test_inspect_without_attention_is_exit_code_3(models: Path, tokenopt: Cli) -
 
 
 def test_export(optimised: Path, tokenopt: Cli, tmp_path: Path) -> None:
-    found = tokenopt("export", optimised / "model.pt2", "--to", "onnx,ort", "-o", tmp_path / "deep" / "er", "--json")
+    found = tokenopt("export", optimised / "model.pt2", "--to", "ort,ort", "-o", tmp_path / "deep" / "er", "--json")
     path = tmp_path / "deep" / "er" / "model.onnx"
     assert found.json()["files"] == {"onnx": str(path)}
     assert all(row["passed"] for row in found.json()["parity"])
@@ -312,6 +312,7 @@ def test_export_to_tensorrt_without_a_gpu(optimised: Path, tokenopt: Cli, tmp_pa
         (["optimize", "vit.pt"], "-o"),
         (["nothing"], "nothing"),
         (["optimize", "vit.pt", "-o", "out", "--to", "onnx,tflite"], "'tflite'"),
+        (["optimize", "vit.pt", "-o", "out", "--to", "onnx,ort"], "both model.onnx"),
         (["optimize", "vit.pt", "-o", "out", "--batch", "1,x"], "batch sizes"),
         (["optimize", "vit.pt", "-o", "out", "--set", "proportional"], "key=value"),
         (["optimize", "vit.pt", "-o", "out", "--set", "speed=2"], "no setting 'speed'"),

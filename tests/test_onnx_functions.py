@@ -15,6 +15,7 @@ from tokenopt import runtimes
 from tokenopt.attention import Global, Layout, Mask, Neighborhood, per_head
 from tokenopt.attention.tiles import absent_keys, reference_mask
 from tokenopt.runtimes import onnx_loops
+from tokenopt.runtimes.tensorrt import TensorRTRTX
 
 HEADS = 2
 
@@ -131,6 +132,26 @@ def test_what_a_loop_cannot_do_or_does_no_faster(tmp_path: Path) -> None:
     engine = written(Weighted(Neighborhood(7), large), given, path)
     assert "Scan" not in operators(path)
     torch.testing.assert_close(engine(*given)[0], Weighted(Neighborhood(7), large)(*given), rtol=1e-5, atol=1e-5)
+
+
+def test_loops_are_for_onnx_runtime_on_a_cpu(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Other runtimes read a file for any: TensorRT knows no loop over heads."""
+    where, path = layout(32, 32), tmp_path / "model.onnx"
+    program = tokenopt.capture(Attend(Neighborhood(7), where), operands(where, 2))
+    loops = lambda name: (runtimes.get(name).build(program, path), operators(path).count("Scan"))[1]  # noqa: E731
+    assert loops("onnx") == 0 and loops("onnxruntime") == 1
+    both = ["CUDAExecutionProvider", "CPUExecutionProvider"]
+    monkeypatch.setattr("tokenopt.runtimes.onnxruntime.providers", lambda: both)
+    assert not runtimes.get("onnxruntime")._for_cpu()
+
+
+@pytest.mark.tensorrt
+@pytest.mark.skipif(TensorRTRTX().available() is not None, reason="tensorrt_rtx is not installed")
+def test_tensorrt_takes_the_function_of_a_file_for_any_runtime(tmp_path: Path) -> None:
+    where = layout(32, 32, before=1)
+    written(Attend(Neighborhood(7), where), operands(where, 2), tmp_path / "model.onnx", cpu=False)
+    TensorRTRTX()._build(tmp_path / "model.onnx", tmp_path / "model.engine", "8.9", (1, 2, 8), False)
+    assert (tmp_path / "model.engine").stat().st_size > 0
 
 
 @pytest.mark.usefixtures("little")

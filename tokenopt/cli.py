@@ -44,7 +44,9 @@ StaticBatch = Annotated[bool, typer.Option("--static-batch", help="Keep the batc
 Trust = Annotated[bool, typer.Option("--trust", help="Run the code in a pickled file.")]
 AllowMissing = Annotated[bool, typer.Option("--allow-missing", help="Accept missing and unexpected weights.")]
 Json = Annotated[bool, typer.Option("--json", help="Print JSON to stdout.")]
-To = Annotated[str, typer.Option(metavar="RUNTIMES", help="Some of onnx,ort,tensorrt,tensorrt-rtx.")]
+To = Annotated[
+    str, typer.Option(metavar="RUNTIMES", help="Some of ort (ONNX Runtime here), onnx (any), tensorrt, tensorrt-rtx.")
+]
 Opset = Annotated[int | None, typer.Option(help="Of ONNX.")]
 Capability = Annotated[
     str | None, typer.Option("--compute-capability", help="Of the GPU that TensorRT builds for, such as 8.9.")
@@ -176,7 +178,7 @@ def optimize(
         typer.Option(min=0.0, help="Of an attention, for a pattern to be applied to it: 1.1; 0 applies it to all."),
     ] = None,
     short_outputs: Annotated[bool, typer.Option("--short-outputs", help="Outputs keep the reduced tokens.")] = False,
-    to: To = "onnx",
+    to: To = "ort",
     opset: Opset = None,
     compute_capability: Capability = None,
     data: Data = None,
@@ -296,7 +298,7 @@ def calibrate(
 def export(
     model: ModelPath,
     out: Annotated[Path, typer.Option("-o", "--out", help="Folder for the files.")],
-    to: To = "onnx",
+    to: To = "ort",
     arch: Arch = None,
     input_shape: InputShape = None,
     static_batch: StaticBatch = False,

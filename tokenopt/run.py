@@ -60,7 +60,7 @@ class Output:
 
 
 TARGETS = {
-    "onnx": Output("onnx", ".onnx", "onnxruntime", ("opset",)),
+    "onnx": Output("onnx", ".onnx", "onnx", ("opset",)),
     "ort": Output("onnx", ".onnx", "onnxruntime", ("opset",)),
     "tensorrt": Output("tensorrt", ".engine", "tensorrt", ("opset", "compute_capability")),
     "tensorrt-rtx": Output("tensorrt-rtx", ".rtx.engine", "tensorrt-rtx", ("opset", "compute_capability")),
@@ -99,10 +99,10 @@ class Build:
     """What to build from a program.
 
     Raises:
-        UsageError: for an unknown target.
+        UsageError: for an unknown target, or two of one file.
     """
 
-    targets: tuple[str, ...] = ("onnx",)
+    targets: tuple[str, ...] = ("ort",)
     opset: int | None = None
     compute_capability: str | None = None
 
@@ -110,6 +110,9 @@ class Build:
         for name in self.targets:
             if name not in TARGETS:
                 raise UsageError(f"there is no target {name!r}", hint=f"--to takes some of {','.join(TARGETS)}")
+        if {"onnx", "ort"} <= set(self.targets):
+            hint = "ort is as ONNX Runtime is fast with on this machine, onnx is for any runtime"
+            raise UsageError("onnx and ort are both model.onnx", hint=hint)
 
     @property
     def distinct(self) -> list[Output]:

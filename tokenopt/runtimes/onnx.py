@@ -29,7 +29,10 @@ _MODULE_KEY = "module"
 
 
 class Onnx:
-    """An ONNX file, with the weights beside it (``model.onnx.data``) if they exceed 2 GiB. ONNX Runtime checks it."""
+    """An ONNX file for any runtime, with the weights beside it (``model.onnx.data``) if they exceed 2 GiB.
+
+    ONNX Runtime checks it.
+    """
 
     name = "onnx"
     suffix = ".onnx"
@@ -37,6 +40,9 @@ class Onnx:
 
     def available(self) -> str | None:
         return None
+
+    def _for_cpu(self) -> bool:
+        return False
 
     def build(
         self,
@@ -53,7 +59,7 @@ class Onnx:
 
         Args:
             opset: version of the ONNX operators. From 23 on, attention is one node.
-            cpu: whether the file is for a CPU, see `write`. By default, where ONNX Runtime has no GPU here.
+            cpu: whether the file is for a CPU, see `write`. By default, if ONNX Runtime will run it, without a GPU.
             named: attention with a pattern is one node, with a function as its body.
             tolerance: see `prove`.
             data: batches of inputs to compare on besides random ones and the example.
@@ -63,10 +69,9 @@ class Onnx:
             ParityError: if the file computes something else.
         """
         from tokenopt.runtimes.compare import prove
-        from tokenopt.runtimes.onnxruntime import providers
 
         path = Path(path)
-        cpu = len(providers()) == 1 if cpu is None else cpu
+        cpu = self._for_cpu() if cpu is None else cpu
         with replacing(path, obsolete=[data_name(path)]) as staged:
             write(program, staged, opset, cpu, named)
             engine = self.load(staged)
@@ -93,7 +98,7 @@ def write(
 
     Args:
         cpu: whether the file is for a CPU: logits have a floor, see `for_exporter`, and a large attention with a
-            pattern goes head by head. On a GPU the one gains nothing and the other is slow.
+            pattern is made of loops. On a GPU the one gains nothing, the other is slow, and TensorRT refuses it.
         named, plugins: see `for_exporter`. With plugins it is a file for TensorRT alone.
 
     Raises:
