@@ -75,6 +75,17 @@ def test_a_pattern_sees_as_much_as_the_budget_allows() -> None:
     assert again.patterns == some.report.patterns and again.flops == some.report.flops
 
 
+@pytest.mark.parametrize("recipe", ["nat", "swin"])
+def test_a_pattern_of_a_recipe_is_repeated_too(recipe: str) -> None:
+    """A recipe that was scaled has no name; its patterns have text."""
+    passes = f"raise-attention,sparsify-attention{{recipe={recipe},min-speedup=0}},remove-dead"
+    first = tokenopt.optimize(program("head"), passes=passes, budget="flops=97%")
+    again = tokenopt.optimize(program("head"), passes=run._settled(passes, first)).report
+    rows = lambda report: sorted((r["site"], r["pattern"]) for r in report.patterns if not r["refusal"])  # noqa: E731
+    assert rows(again) == rows(first.report) and len(rows(again)) == 4
+    assert again.flops == first.report.flops and "(0." in rows(again)[0][1]
+
+
 def test_patterns_that_meet_no_budget() -> None:
     with pytest.raises(BudgetError, match="nat cannot meet") as error:
         tokenopt.optimize(program("head"), recipe="nat", min_speedup=0, budget="flops=10%")
@@ -87,7 +98,7 @@ def test_patterns_that_meet_no_budget() -> None:
         with pytest.raises(UsageError) as refused:
             tokenopt.optimize(program("head"), recipe=recipe, min_speedup=0, budget=budget)
         assert why in refused.value.why
-    with pytest.raises(UsageError, match="for one reduction or pattern, and there are 2"):
+    with pytest.raises(UsageError, match="gives patterns .* and there are 2"):
         twice = ",".join(["raise-attention", *["sparsify-attention{pattern=Neighborhood(3)}"] * 2])
         tokenopt.optimize(program("head"), passes=twice, budget="flops=90%")
 

@@ -12,9 +12,12 @@ from torch import Tensor, nn
 
 import tokenopt
 from tokenopt import capture, diagnostics, runtimes
+from tokenopt.analysis.axes import propagate
+from tokenopt.analysis.sites import find_sites
 from tokenopt.cost import program_flops
 from tokenopt.diagnostics import head_thresholds
 from tokenopt.errors import BudgetError, UsageError
+from tokenopt.passes.canonicalize import canonicalize
 from tokenopt.passes.drop_layers import DropLayers
 from tokenopt.passes.fold_constants import FoldConstants
 from tokenopt.passes.raise_attention import RaiseAttention
@@ -300,6 +303,22 @@ def test_heads_are_voted_on(models: dict[bool, tuple[Reader, Program]], causal: 
         head_thresholds(program, batches, "sky")
     with pytest.raises(UsageError, match="no data"):
         head_thresholds(program, [], "patch")
+
+
+@torch.no_grad()
+def test_a_head_that_sees_the_segment_alone_is_active(models: dict[bool, tuple[Reader, Program]]) -> None:
+    """Though what it gives sums up to a little more than 1."""
+    _, program = models[True]
+    site = [s for s in find_sites(propagate(canonicalize(program).program))[0] if s.kind in ("self", "joint")][2]
+    votes = diagnostics._Votes(2, site, next(s for s in site.axis.segments if s.name == "patch"))
+    shares = torch.zeros(200, 2, 1, 25)
+    shares[..., 4:20] = torch.randn(200, 2, 1, 16).softmax(-1)
+    assert (shares[..., 4:20].sum(-1) > 1).any()
+    with pytest.MonkeyPatch.context() as patch:
+        for sample in shares:
+            patch.setattr(diagnostics, "_probabilities", lambda *_, s=sample: s[None])
+            votes.add([torch.zeros(1)] * 3, {})
+            assert votes.ratios[-1].min() > 1e5
 
 
 @torch.no_grad()

@@ -134,6 +134,22 @@ def test_what_a_loop_cannot_do_or_does_no_faster(tmp_path: Path) -> None:
     torch.testing.assert_close(engine(*given)[0], Weighted(Neighborhood(7), large)(*given), rtol=1e-5, atol=1e-5)
 
 
+def test_heads_that_differ_have_no_loop() -> None:
+    shapes = {"queries": (1, 64, 32), "keys": (1, 64, 140), "mask": (1, 64, 32, 140), "row_mask": (1, 1, 1025)}
+    assert onnx_loops.pays("tiled_attention", shapes)
+    for name, shape in (("queries", (2, 64, 32)), ("mask", (2, 64, 32, 140)), ("mask", (None, 1, 64, 32, 140)),
+                        ("row_mask", (2, 1, 1025)), ("key_bias", (3, 1025))):  # fmt: skip
+        assert not onnx_loops.pays("tiled_attention", shapes | {name: shape})
+    assert not onnx_loops.pays("pooled_tiled_attention", shapes)
+
+
+@pytest.mark.parametrize(("count", "size", "steps"), [(64, 400, 4), (61, 200, 1), (61, 20000, 61), (3, 10, 1)])
+def test_steps_divide_the_tiles(count: int, size: int, steps: int) -> None:
+    """Without a divisor near what is wanted, all tiles at once."""
+    found = onnx_loops._parts({"keys": torch.zeros(1, count, size), "queries": torch.zeros(1, count, 2)})
+    assert found["keys"].shape == (steps, count // steps, size) and found["queries"].shape[0] == steps
+
+
 def test_loops_are_for_onnx_runtime_on_a_cpu(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Other runtimes read a file for any: TensorRT knows no loop over heads."""
     where, path = layout(32, 32), tmp_path / "model.onnx"

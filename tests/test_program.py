@@ -145,3 +145,27 @@ def test_fields_of_results_keep_their_values(tmp_path: Path) -> None:
         assert torch.equal(result["third"][0], x[:, :2] * 3) and result["third"][1] is None
         for a, b, c in zip(found.flat(x), flatten_tensors(model(x)), (x + 1, x * 2, x[:, :2] * 3), strict=True):
             assert torch.equal(a, c) and torch.equal(b, c)
+
+
+@dataclass
+class Boxes:
+    """A result that looks at what it is made of."""
+
+    count: int
+    boxes: Tensor
+    scores: Tensor
+
+    def __post_init__(self) -> None:
+        assert self.boxes.shape[-1] == 4 and self.scores.dim() == 1
+
+
+torch.export.register_dataclass(Boxes, serialized_type_name="tests.Boxes")
+
+
+def test_results_that_are_checked_when_they_are_made() -> None:
+    class Model(torch.nn.Module):
+        def forward(self, x: Tensor) -> Boxes:
+            return Boxes(3, x + 1, x.sum(-1))
+
+    found = capture(Model(), torch.randn(3, 4))(x := torch.randn(5, 4))
+    assert found.count == 3 and torch.equal(found.boxes, x + 1) and torch.equal(found.scores, x.sum(-1))

@@ -162,7 +162,7 @@ class _Votes:
         query, key, _, bias, key_bias = [*args, None, None][:5]
         share = _probabilities(query, key, bias, key_bias, self.rows.to(query.device), kwargs)
         given = share[..., self.columns].sum(-1).mean(2)
-        self.ratios.append((given / (1 - given)).cpu())
+        self.ratios.append((given / (1 - given).clamp_min(0.0)).cpu())  # a sum of shares may be a little above 1
 
     def thresholds(self) -> list[float]:
         """Of each head, the least that no more samples exceed than may."""

@@ -94,7 +94,8 @@ def optimize(
         schedule: how many tokens to remove where: ``{"r": 13}``, ``{"keep": 0.7, "layers": [3, 6]}``, a text or a file;
             the recipe's own by default.
         budget: with data, `calibration.fit` finds the schedule that keeps most within it; without, "flops=60%" or
-            "tokens=60%" of the dense program's: the schedule is scaled until it is met.
+            "tokens=60%" of the dense program's: the schedule is scaled until it is met, or what patterns see. Of passes
+            that drop inactive heads it says how many.
         settings: fields of the recipe to change.
         passes: other passes than the usual ones, as objects or as text.
         min_speedup: of an attention, by the cost model, for a pattern to be applied there; 0 applies it everywhere. By
@@ -323,7 +324,8 @@ def _limited(steps: list[Pass], budget: Budget) -> Pass:
     )
     found = next(filter(None, kinds), [])
     if len(found) != 1:
-        raise UsageError(f"the budget {budget} is for one reduction or pattern, and there are {len(found)}")
+        what = "one pass that reduces tokens, gives patterns or drops inactive heads"
+        raise UsageError(f"the budget {budget} is for {what}, and there are {len(found)}")
     return found[0]
 
 

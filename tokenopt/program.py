@@ -343,8 +343,16 @@ def functional(exported: ExportedProgram) -> ExportedProgram:
     out = next(n for n in reversed(exported.graph.nodes) if n.op == "output")
     specs, root = exported.graph_signature.output_specs, exported.module_call_graph[0].signature
     given = [i for i, spec in enumerate(specs) if spec.kind is OutputKind.USER_OUTPUT]
-    again = pytree.tree_unflatten(given, root.out_spec)
-    order = pytree.tree_leaves(again)
+    values = [_distinct(out.args[0][i]) for i in given]
+    try:
+        again = pytree.tree_unflatten(values, root.out_spec)
+    except Exception:  # of a class of the model's; what follows makes it too, and says so
+        return exported.run_decompositions({})
+    left = dict(zip(given, values, strict=True))
+    order = []
+    for leaf in pytree.tree_leaves(again):
+        order.append(next(i for i, value in left.items() if value is leaf))
+        del left[order[-1]]
     if order != given:
         new = dict(zip(given, order, strict=True))
         out.args = (tuple(out.args[0][new.get(i, i)] for i in range(len(specs))),)
@@ -353,6 +361,12 @@ def functional(exported: ExportedProgram) -> ExportedProgram:
         root.out_spec = pytree.tree_structure(again)
         exported.graph_module.recompile()
     return exported.run_decompositions({})
+
+
+def _distinct(result: Any) -> Any:
+    """What a result of a graph holds; of one that is returned twice, another object each time."""
+    value = result.meta.get("val") if isinstance(result, fx.Node) else result
+    return value.detach() if isinstance(value, Tensor) else value
 
 
 @contextlib.contextmanager

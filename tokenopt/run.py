@@ -6,7 +6,7 @@ import shutil
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -25,9 +25,10 @@ from tokenopt.gallery import Sample, gallery
 from tokenopt.inspection import inspect
 from tokenopt.loading import load_program
 from tokenopt.optimization import Result, learns, optimize, require_one
+from tokenopt.passes.drop_layers import DropLayers
 from tokenopt.passes.reduce_tokens import ReduceTokens
 from tokenopt.passes.sparsify_attention import SparsifyAttention
-from tokenopt.pipeline import parse_passes
+from tokenopt.pipeline import Pass, parse_passes
 from tokenopt.program import InputSpec, Program, atomic_path
 from tokenopt.report import Report, dumps
 from tokenopt.runtimes.base import Engine
@@ -502,8 +503,22 @@ def resolved_recipe(report: Report, passes: str | None) -> str:
 
 def _settled(passes: str, result: Result) -> str:
     """Passes as text, with what was found for them on data or within a budget; what they learned has no text."""
-    learned = any(isinstance(getattr(s, "recipe", None), (TokenRecipe, AttentionRecipe)) for s in result.steps)
-    return passes if learned else ",".join(s.spec for s in result.steps)
+    return ",".join(
+        text for given, step in zip(parse_passes(passes), result.steps, strict=True) for text in _texts(given, step)
+    )
+
+
+def _texts(given: Pass, step: Pass) -> list[str]:
+    """The passes that do what a step did, without a recipe made for it."""
+    if isinstance(given, DropLayers) or not learns(given):
+        recipe = step.resolved() if isinstance(getattr(step, "recipe", None), AttentionRecipe) else None
+        if recipe is None:
+            return [step.spec]
+        grid = None if recipe.grid is None else list(recipe.grid)
+        parts = [SparsifyAttention(pattern, sites=where, grid=grid, min_speedup=recipe.min_speedup)
+                 for where, pattern in recipe.pattern.items()]  # fmt: skip
+        return [part.spec for part in reversed(parts)]  # the last that names a site counts, and so does the first pass
+    return [replace(given, schedule=step.schedule).spec if isinstance(given, ReduceTokens) else given.spec]
 
 
 def _learned_weights(recipe: Mapping[str, Any]) -> Path | None:

@@ -33,7 +33,8 @@ def get(name: str) -> Runtime:
 def export(program: Program, path: str | os.PathLike[str], **options: Any) -> Engine:
     """Writes a program to the format that the suffix of ``path`` names: ``.pt2``, ``.onnx`` or ``.engine``.
 
-    What is written is proven equal to the program first; an existing file stays as it is until then.
+    What is written is proven equal to the program first; an existing file stays as it is until then. An ``.onnx`` file
+    is as ONNX Runtime is fast with on this machine; with ``cpu=False`` it is for any runtime.
 
     Args:
         options: of the runtime's ``build``; ``opset`` and ``compute_capability``, for instance.

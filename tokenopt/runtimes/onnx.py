@@ -92,7 +92,7 @@ def data_name(path: Path) -> str:
 
 
 def write(
-    program: Program, path: Path, opset: int = OPSET, cpu: bool = True, named: bool = True, plugins: bool = False
+    program: Program, path: Path, opset: int = OPSET, cpu: bool = False, named: bool = True, plugins: bool = False
 ) -> None:
     """Translates a program, and checks the file against the ONNX standard.
 

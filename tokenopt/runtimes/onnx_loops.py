@@ -32,7 +32,7 @@ def pays(operation: str, shapes: Mapping[str, tuple[Any, ...]]) -> bool:
     """
     if operation not in _TILED or "key_bias" in shapes:
         return False
-    leading = [*shapes["queries"][:1], *(d for n in ("mask", "row_mask") for d in shapes.get(n, ())[:-3])]
+    leading = [*shapes["queries"][:1], *shapes.get("mask", ())[:-3], *shapes.get("row_mask", ())[:-2]]
     return all(d == 1 for d in leading) and prod(shapes["queries"]) * shapes["keys"][-1] >= _LOGITS
 
 
@@ -47,7 +47,7 @@ def looped(operands: Mapping[str, Tensor], scale: float | None, trace: Trace) ->
 
     three = [operands[name][0, 0] for name in ("query", "key", "value")]
     scale = three[0].shape[-1] ** -0.5 if scale is None else scale
-    parts, steps = _parts(operands)
+    parts = _parts(operands)
     rest = [name for name in ("order", "rows", "row_mask") if name in operands]
 
     def step(query: Tensor, key: Tensor, value: Tensor, *few: Tensor) -> Tensor:
@@ -82,16 +82,19 @@ def looped(operands: Mapping[str, Tensor], scale: float | None, trace: Trace) ->
     return ir.Graph(list(inputs.values()), [result], nodes=tables.nodes)
 
 
-def _parts(operands: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], int]:
-    """The tables of tiles, a few of these at a time, [steps, tiles, ...]."""
+def _parts(operands: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The tables of tiles, a few of these at a time, [steps, tiles, ...]; all at once where their number has no such
+    divisor."""
     _, count, size = operands["keys"].shape
-    steps = next(n for n in range(1, count + 1) if count % n == 0 and count // n * size <= max(_KEYS, size))
+    wanted = -(-count * size // _KEYS)
+    divisors = [n for n in range(1, count + 1) if count % n == 0]
+    steps = next((n for n in divisors if wanted <= n <= 4 * wanted), max(n for n in divisors if n <= wanted))
     found = {}
     for name in ("queries", "keys", "mask", "absent"):
         if name in operands:
             last = operands[name].shape[-2 if name == "mask" else -1 :]
             found[name] = operands[name].reshape(steps, count // steps, *last)
-    return found, steps
+    return found
 
 
 def _rename(graph: ir.Graph, prefix: str) -> None:
