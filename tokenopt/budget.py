@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from bisect import bisect_left
 from collections.abc import Callable, Mapping
 from dataclasses import replace
 
@@ -10,10 +11,11 @@ import torch
 from tokenopt.analysis.axes import propagate
 from tokenopt.analysis.sites import find_sites
 from tokenopt.cost import program_flops
-from tokenopt.errors import BudgetError, UsageError
+from tokenopt.errors import BudgetError, Refusal, UsageError
 from tokenopt.passes.drop_layers import DropLayers, heads_text
 from tokenopt.passes.reduce_tokens import Planner, ReduceTokens
 from tokenopt.passes.sparsify_attention import SparsifyAttention
+from tokenopt.pipeline import Pass
 from tokenopt.program import Edit, Program
 from tokenopt.schedule import Budget, Schedule
 
@@ -104,15 +106,9 @@ def patterns_within(budget: Budget, step: SparsifyAttention, program: Program) -
         at = lambda share: replace(step, recipe=recipe.at(share), sites="all")  # noqa: E731
     else:
         at = lambda share: replace(step, pattern=next(iter(recipe.at(share).pattern.values())))  # noqa: E731
-    refused: list[str] = []
-
-    def left(share: float) -> float:
-        reduced = program.clone()
-        result = at(share).run(reduced)
-        refused[:] = [r.why for r in result.refusals]
-        return _flops(program, reduced, [], False)
-
-    return at(largest_share(budget, str(recipe), left, lambda _: next(iter(refused), "")))
+    left = lambda share: _after(at(share), program)[0]  # noqa: E731
+    refused = lambda share: next((r.why for r in _after(at(share), program)[1]), "")  # noqa: E731
+    return at(largest_share(budget, str(recipe), left, refused))
 
 
 def largest_share(
@@ -126,7 +122,7 @@ def largest_share(
 
     Args:
         left: the operations that are left where patterns see a share, of the dense program's.
-        refused: why a share changed nothing, asked after ``left``; "" if it did.
+        refused: why a share changed nothing; "" if it did.
         progress: called with the share that is tried.
 
     Raises:
@@ -142,12 +138,12 @@ def largest_share(
         if reason := refused(1 / _SHARES):
             why = f"{why}; {reason}"
         raise BudgetError(f"recipe {recipe} cannot meet the budget {budget}", why=why, hint="allow more")
-    low, high = 1, _SHARES + 1
-    while high - low > 1:
-        middle = (low + high) // 2
-        progress(middle / _SHARES)
-        low, high = (middle, high) if left(middle / _SHARES) <= budget.share else (low, middle)
-    return low / _SHARES
+
+    def over(number: int) -> bool:
+        progress(number / _SHARES)
+        return left(number / _SHARES) > budget.share
+
+    return (1 + bisect_left(range(2, _SHARES + 1), True, key=over)) / _SHARES
 
 
 def heads_within(
@@ -167,24 +163,22 @@ def heads_within(
         raise UsageError(f"heads cannot be fitted to {budget}", why="only operations are counted", hint="flops=80%")
     order = sorted(thresholds, key=lambda head: (thresholds[head], head))
 
-    def without(count: int) -> tuple[float, DropLayers]:
-        dropped = replace(step, heads=heads_text(step.heads, order[:count]), inactive=0.0)
-        reduced = program.clone()
-        dropped.run(reduced)
-        return _flops(program, reduced, [], False), dropped
-
-    low, high = -1, len(order)
-    least, best = without(high)
+    without = lambda count: replace(step, heads=heads_text(step.heads, order[:count]), inactive=0.0)  # noqa: E731
+    left = lambda count: _after(without(count), program)[0]  # noqa: E731
+    least = left(len(order))
     if least > budget.share:
         raise BudgetError(
             f"{step.name} cannot meet the budget {budget}",
             why=f"without the {len(order)} heads that can go, {least:.1%} is left", hint="allow more",
         )  # fmt: skip
-    while high - low > 1:
-        middle = (low + high) // 2
-        left, found = without(middle)
-        low, high, best = (low, middle, found) if left <= budget.share else (middle, high, best)
-    return best
+    return without(bisect_left(range(len(order)), True, key=lambda count: left(count) <= budget.share))
+
+
+def _after(step: Pass, program: Program) -> tuple[float, list[Refusal]]:
+    """The operations that are left behind a step, of the program's, and what it refused."""
+    reduced = program.clone()
+    refusals = step.run(reduced).refusals
+    return _flops(program, reduced, [], False), refusals
 
 
 def _strongest(schedule: Schedule, layers: int, program: Program) -> float:

@@ -510,15 +510,15 @@ def _settled(passes: str, result: Result) -> str:
 
 def _texts(given: Pass, step: Pass) -> list[str]:
     """The passes that do what a step did, without a recipe made for it."""
-    if isinstance(given, DropLayers) or not learns(given):
-        recipe = step.resolved() if isinstance(getattr(step, "recipe", None), AttentionRecipe) else None
-        if recipe is None:
-            return [step.spec]
-        grid = None if recipe.grid is None else list(recipe.grid)
-        parts = [SparsifyAttention(pattern, sites=where, grid=grid, min_speedup=recipe.min_speedup)
-                 for where, pattern in recipe.pattern.items()]  # fmt: skip
-        return [part.spec for part in reversed(parts)]  # the last that names a site counts, and so does the first pass
-    return [replace(given, schedule=step.schedule).spec if isinstance(given, ReduceTokens) else given.spec]
+    if learns(given) and not isinstance(given, DropLayers):
+        return [replace(given, schedule=step.schedule).spec if isinstance(given, ReduceTokens) else given.spec]
+    if not isinstance(getattr(step, "recipe", None), AttentionRecipe):
+        return [step.spec]
+    recipe = step.resolved()
+    grid = None if recipe.grid is None else list(recipe.grid)
+    parts = [SparsifyAttention(pattern, sites=where, grid=grid, min_speedup=recipe.min_speedup)
+             for where, pattern in recipe.pattern.items()]  # fmt: skip
+    return [part.spec for part in reversed(parts)]  # the last that names a site counts, and so does the first pass
 
 
 def _learned_weights(recipe: Mapping[str, Any]) -> Path | None:
