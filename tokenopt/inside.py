@@ -14,7 +14,7 @@ from tokenopt.analysis.sites import AttentionSite
 from tokenopt.analysis.terms import is_channel, length
 from tokenopt.graph import GraphEditor, add_output
 from tokenopt.program import Edit
-from tokenopt.tokens.plan import Plan, Refused, Region, Stream
+from tokenopt.tokens.plan import Plan, Reduction, Refused, Region, Stream, named
 from tokenopt.tokens.restore import Restore
 
 aten = torch.ops.aten
@@ -24,17 +24,18 @@ ops = torch.ops.tokenopt
 def reduce_inside(
     editor: GraphEditor, axes: AxisMap, region: Region, sites: list[AttentionSite],
     plan: Callable[[Stream], Plan | None], *, spec: str, proportional: bool, restore: Restore,
-) -> Edit | None:  # fmt: skip
+) -> tuple[Edit, Reduction] | None:  # fmt: skip
     """Lets one attention run on fewer tokens; its result has all of them again.
 
     Windows and frames that are samples of their own to the attention are reduced each by itself.
 
     Rewrite:  attention(q, k, v)  ->  restore(attention(merge(q), merge(k), merge(v)))
 
-    Returns: what was done; None if the plan left it alone.
+    Returns: what was done, for the report and for its proof; None if the plan left it alone.
     Raises: Refused.
     """
-    site, segment = region.site, region.axis.reducible
+    site, segment, name = region.site, region.axis.reducible, region.site.node.name
+    windows = _windows(axes, site)
     if len(site.node.args) > 4 and site.node.args[4] is not None:
         raise Refused("it counts merged tokens already", "reduce another one")
     hidden = region.cut.input if region.cut is not None else _projected(axes, site)
@@ -71,10 +72,15 @@ def reduce_inside(
     flat, back = _flatten(editor, attended, attended)
     if hasattr(restore, "spread"):
         made = replace(made, spread=_spread(editor, made.index, flat, stream, restore))
-    full = back(_restore(editor, made, flat, stream))
-    node.replace_all_uses_with(full)
+    rows, nearest, base = _restore(editor, made, flat, stream)
+    node.replace_all_uses_with(back(rows))
     count = made.index.meta["val"].shape[1]
-    return Edit(spec, site.id, total, count)
+    left = count - (total - segment.length)
+    reduction = Reduction(
+        site.id, name, named(made, nearest=nearest, base=base), made.fuse, restore.name, "keep", proportional, start,
+        total, segment.length, left, windows, inside=True,
+    )  # fmt: skip
+    return Edit(spec, site.id, total, count), reduction
 
 
 def _nodes(plan: Plan) -> list[fx.Node]:
@@ -85,7 +91,7 @@ def _separate(editor: GraphEditor, axes: AxisMap, site: AttentionSite) -> Attent
     """The same attention with every window or frame as a sample of its own, [B, H, N, D]."""
     node = site.node
     dims = axes.dims(node.args[0])
-    among = [i for i in range(1, len(dims) - 2) if length(dims[i]) > 1 and not is_channel(dims[i])]
+    among = _windows(axes, site)
     if len(dims) != 5 or len(among) != 1:
         raise Refused("it is an attention of more than heads and windows over tokens", "reduce another one")
     order, count = [0, among[0], 3 - among[0], 3, 4], length(dims[among[0]])
@@ -111,6 +117,12 @@ def _separate(editor: GraphEditor, axes: AxisMap, site: AttentionSite) -> Attent
     apart = editor.insert(apart, aten.permute.default, apart, [order.index(i) for i in range(5)])
     node.replace_all_uses_with(apart)
     return replace(site, node=new)
+
+
+def _windows(axes: AxisMap, site: AttentionSite) -> tuple[int, ...]:
+    """Which dimensions of an attention's queries are windows or frames: neither batch, heads, tokens nor channels."""
+    dims = axes.dims(site.node.args[0])
+    return tuple(i for i in range(1, len(dims) - 2) if length(dims[i]) > 1 and not is_channel(dims[i]))
 
 
 def _projected(axes: AxisMap, site: AttentionSite) -> fx.Node | None:
@@ -158,22 +170,26 @@ def _fuse(editor: GraphEditor, plan: Plan, rows: fx.Node, stream: Stream) -> tup
     return editor.item(merged, 0), editor.item(merged, 1) if plan.fuse == "sized" else None
 
 
-def _restore(editor: GraphEditor, plan: Plan, rows: fx.Node, stream: Stream) -> fx.Node:
+def _restore(
+    editor: GraphEditor, plan: Plan, rows: fx.Node, stream: Stream
+) -> tuple[fx.Node, fx.Node | None, fx.Node | None]:
+    """All rows; what dropped ones are most like, and what all are put into, where they are."""
     count = rows.meta["val"].shape[1] - (stream.total - stream.count)
     if plan.base is not None:
         base = plan.base(rows, stream.total)
         full = editor.insert(max(rows, base), ops.scatter_tokens.default, rows, plan.index, base, 1, 0)
         if plan.returned:
             add_output(editor.program, full, plan.returned)
-        return full
+        return full, None, base
     if plan.spread is not None:
         after = max(rows, plan.spread)
-        return editor.insert(after, ops.mix_tokens.default, rows, plan.spread, 1, 0, stream.start, count)
+        return editor.insert(after, ops.mix_tokens.default, rows, plan.spread, 1, 0, stream.start, count), None, None
     dst = plan.dst
     if dst is None:
         dst = editor.insert(rows, ops.nearest_tokens.default, stream.rows, plan.index, plan.src, stream.start, count)
     where = editor.insert(max(rows, dst), ops.token_map.default, plan.index, plan.src, dst, stream.total)
-    return editor.insert(where, ops.gather_tokens.default, rows, where, 1, 0, 0, rows.meta["val"].shape[1])
+    full = editor.insert(where, ops.gather_tokens.default, rows, where, 1, 0, 0, rows.meta["val"].shape[1])
+    return full, None if plan.dst is not None else dst, None
 
 
 def _spread(editor: GraphEditor, index: fx.Node, after: fx.Node, stream: Stream, restore: Restore) -> fx.Node:

@@ -13,14 +13,16 @@ import yaml
 from tokenopt import registry
 from tokenopt.errors import Refusal, UsageError
 from tokenopt.program import Edit, Program
+from tokenopt.tokens.plan import Record
 
 
 @dataclass
 class PassResult:
-    """What one pass did. ``edits`` is empty where nothing changed."""
+    """What one pass did. ``edits`` is empty where nothing changed; ``record`` is of reductions, for their proof."""
 
     edits: list[Edit] = field(default_factory=list)
     refusals: list[Refusal] = field(default_factory=list)
+    record: Record = field(default_factory=Record)
 
     @property
     def changed(self) -> bool:

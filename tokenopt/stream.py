@@ -18,7 +18,7 @@ from tokenopt.analysis.terms import Cat, Dims, Factor, Terms, length
 from tokenopt.errors import IllegalReduction, Refusal
 from tokenopt.graph import GraphEditor, add_output, module_path, shape_of
 from tokenopt.program import Edit
-from tokenopt.tokens.plan import Plan, Refused, Region, Stream
+from tokenopt.tokens.plan import Plan, Record, Reduction, Refused, Region, Stream, named
 from tokenopt.tokens.restore import Copy, Restore
 
 aten = torch.ops.aten
@@ -48,6 +48,8 @@ class _Version:
     rows: fx.Node
     size: fx.Node | None
     step: int
+    site: str = ""
+    until: fx.Node | None = None
     readers: set[fx.Node] | None = None
     beside: set[fx.Node] = field(default_factory=set)
     cache: dict[Any, fx.Node] = field(default_factory=dict)
@@ -96,6 +98,8 @@ class StreamRewriter:
         self.until: set[fx.Node] = set()
         self.edits: list[Edit] = []
         self.refusals: list[Refusal] = []
+        self.returned: set[tuple[str, str]] = set()
+        self.averaged: set[str] = set()
 
     def run(self) -> None:
         begins: dict[fx.Node, list[Region]] = {}
@@ -113,6 +117,26 @@ class StreamRewriter:
                 self._end(node)
             for region in begins.get(node, ()):
                 self._begin(region)
+
+    def note(self, record: Record) -> None:
+        """Adds what was done to a record."""
+        first = len(record.reductions)
+        for version in self.versions:
+            dims = self.axes.dims(version.stream)
+            cache = version.cache
+            near = cache.get("nearest")
+            record.reductions.append(Reduction(
+                version.site, version.stream.name,
+                named(version.plan, nearest=near, positions=cache.get("positions"), whole=cache.get("spread"),
+                      base=cache.get("base"), size_before=self._sizes(self.before, version.terms)),
+                version.plan.fuse, self.restore.name, self.position, self.proportional, version.start, version.total,
+                version.before, version.count, (self._rows_order(dims)[0], self._rows_order(dims)[1]),
+                readers=None if version.readers is None else frozenset(n.name for n in version.readers),
+                until=None if version.until is None else version.until.name,
+                parent=None if version.parent is None else first + self.versions.index(version.parent),
+            ))  # fmt: skip
+        record.restored |= self.returned
+        record.averaged |= self.averaged
 
     def return_source(self) -> None:
         """One more output: for each original token, the reduced token that it is part of, int64 [B, originals]."""
@@ -196,7 +220,9 @@ class StreamRewriter:
         if decision.barrier is not None:
             new = {n: self._restore(n) for n in operands}
             self._replace(node, new)
+            self.returned |= {(node.name, n.name) for n in operands}
             if self.restore.name == "virtual" and node in self.attentions:
+                self.averaged.add(node.name)
                 self.value[node] = (self._averaged(node, version), version)
             return
         for operand in operands:
@@ -396,6 +422,7 @@ class StreamRewriter:
             if dst is None:
                 dst = insert(last_of(plan.index, plan.src, version.rows), ops.nearest_tokens.default, version.rows,
                              plan.index, plan.src, version.start, version.count)  # fmt: skip
+                version.cache["nearest"] = dst
             node = insert(last_of(plan.index, plan.src, dst), ops.token_map.default, plan.index, plan.src, dst,
                           version.total)  # fmt: skip
             if version.before != version.total:
@@ -554,7 +581,7 @@ class StreamRewriter:
         order = [batch, at[0], *(i for i in range(len(dims)) if i not in (batch, at[0]))]
         if order != sorted(order):
             node = editor.insert(node, aten.permute.default, node, order)
-        base = plan.base(node, total)
+        base = step.cache["base"] = plan.base(node, total)
         full = editor.insert(last_of(node, index, base), ops.scatter_tokens.default, node, index, base, 1, 0)
         if plan.returned:
             step.cache["returned"] = full
@@ -738,7 +765,8 @@ class StreamRewriter:
             return
         count = plan.index.meta["val"].shape[1] - (total - have)
         step = parent.step + 1 if parent is not None else 1
-        self.version = _Version(parent, plan, terms, start, total, have, count, region.after, rows, None, step)
+        self.version = _Version(parent, plan, terms, start, total, have, count, region.after, rows, None, step,
+                                region.site.id, region.until)  # fmt: skip
         if region.update is not None:
             self.version.readers = _between(region.after, region.site.node)
             self.version.beside = _below(region.cut.entry)
@@ -781,15 +809,18 @@ class StreamRewriter:
 
     def _rows(self, node: fx.Node, dims: tuple[Terms, ...]) -> tuple[fx.Node, Any]:
         """A stream value as [B, N, C], and the way back."""
-        token = next(i for i, d in enumerate(dims) if contains(d, self.segment))
-        batch = next(i for i, d in enumerate(dims) if i != token and (d == self.axes.batch or length(d) == 1))
-        channel = ({0, 1, 2} - {token, batch}).pop()
-        order = [batch, token, channel]
+        order = self._rows_order(dims)
         if order == [0, 1, 2]:
             return node, lambda n: n
         rows = self.editor.insert(node, aten.permute.default, node, order)
         back = [order.index(i) for i in range(3)]
         return rows, lambda n: self.editor.insert(n, aten.permute.default, n, back)
+
+    def _rows_order(self, dims: Dims) -> list[int]:
+        """Where the batch, the tokens and the channels are in a stream value."""
+        token = next(i for i, d in enumerate(dims) if contains(d, self.segment))
+        batch = next(i for i, d in enumerate(dims) if i != token and (d == self.axes.batch or length(d) == 1))
+        return [batch, token, ({0, 1, 2} - {token, batch}).pop()]
 
 
 def _chain(version: _Version | None) -> list[_Version]:

@@ -70,7 +70,11 @@ class ReduceTokens(Pass):
     def run(self, program: Program) -> PassResult:
         return self.apply(program, Planner(*self.resolved(), self.neutral))
 
-    def apply(self, program: Program, planner: Planner) -> PassResult:
+    def watched(self, program: Program) -> PassResult:
+        """As ``run``, but all that the plans were made of stays in the program, to be looked at when it runs."""
+        return self.apply(program, Planner(*self.resolved(), self.neutral), keep=True)
+
+    def apply(self, program: Program, planner: Planner, keep: bool = False) -> PassResult:
         """Visits the recipe's places with a planner of one's own; one that plans nothing only looks."""
         recipe = planner.recipe
         axes = propagate(program)
@@ -96,7 +100,7 @@ class ReduceTokens(Pass):
                     result.refusals += [Refusal(cut.site.id, *why) for cut in group]
                 else:
                     self._stream(editor, axes, own, group, planner, result)
-        editor.finish()
+        editor.finish(keep)
         result.refusals += planner.refusals
         return result
 
@@ -134,6 +138,7 @@ class ReduceTokens(Pass):
             rewriter.return_positions()
         if self.stages:
             rewriter.return_stages()
+        rewriter.note(result.record)
         result.edits += rewriter.edits
         result.refusals += rewriter.refusals
 
@@ -148,15 +153,17 @@ class ReduceTokens(Pass):
             try:
                 if why is not None:
                     raise Refused(*why)
-                edit = reduce_inside(
+                done = reduce_inside(
                     editor, axes, replace(region, cut=on_stream.get(site)), sites, planner, spec=self.spec,
                     proportional=recipe.proportional, restore=recipe.restore,
                 )  # fmt: skip
             except Refused as refused:
                 result.refusals.append(Refusal(site.id, refused.why, refused.hint))
                 continue
-            if edit is not None:
+            if done is not None:
+                edit, reduction = done
                 result.edits.append(edit)
+                result.record.reductions.append(reduction)
 
 
 def _not_inside(site: AttentionSite, longest: int, recipe: TokenRecipe) -> tuple[str, str] | None:

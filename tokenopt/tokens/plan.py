@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass, field
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field, fields
 from math import prod
 from typing import Any
 
@@ -62,6 +62,63 @@ class Plan:
     size: fx.Node | None = None
     base: Callable[[fx.Node, int], fx.Node] | None = None
     returned: str = ""
+
+
+@dataclass(frozen=True)
+class Reduction:
+    """One reduction as it was carried out; nodes are named, since the graph that it was done in may change.
+
+    Attributes:
+        site: the attention that it is named after.
+        at: the value that was reduced, or the attention whose queries, keys and values were.
+        nodes: the parts of the `Plan` that there are; "nearest" is where dropped tokens are restored from, "positions"
+            whose position terms the kept ones have, "whole" all original tokens as mixtures of those left, "base" what
+            removed ones are restored from.
+        start, total, before, count: the segment begins at ``start`` of ``total`` tokens and had ``before`` of them; it
+            has ``count`` now.
+        dims: where the batch and the tokens are in the value; of an attention within windows, where these are.
+        readers: inside attention, the operations that get fewer tokens; None is all.
+        until: the value behind which all tokens are there again.
+        parent: the reduction before it of the same tokens, by its place in the `Record`.
+    """
+
+    site: str
+    at: str
+    nodes: Mapping[str, str]
+    fuse: str
+    restore: str
+    position: str
+    proportional: bool
+    start: int
+    total: int
+    before: int
+    count: int
+    dims: tuple[int, ...] = ()
+    inside: bool = False
+    readers: frozenset[str] | None = None
+    until: str | None = None
+    parent: int | None = None
+
+
+@dataclass
+class Record:
+    """What a pass did to a graph, for the proof that it was right.
+
+    Attributes:
+        reductions: in order.
+        restored: (operation, operand) where all tokens of the operand came back first.
+        averaged: attentions over all tokens whose results were merged again.
+    """
+
+    reductions: list[Reduction] = field(default_factory=list)
+    restored: set[tuple[str, str]] = field(default_factory=set)
+    averaged: set[str] = field(default_factory=set)
+
+
+def named(plan: Plan, **others: fx.Node | None) -> dict[str, str]:
+    """The nodes of a plan, and others, by their names."""
+    parts = {f.name: getattr(plan, f.name) for f in fields(plan)} | others
+    return {part: node.name for part, node in parts.items() if isinstance(node, fx.Node)}
 
 
 @dataclass(frozen=True)
