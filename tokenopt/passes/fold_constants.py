@@ -28,7 +28,7 @@ class FoldConstants(Pass):
 
     A value that differs only by being repeated over the batch becomes one row, expanded. Plain views of weights stay.
     What is read of a stack, as some of the intermediate outputs of an encoder, is read from its parts, so that the
-    others need not be computed.
+    others need not be computed. What has the dtype of another value has it without that value.
 
     Rewrite:  index(table, relative_index).view(N, N, H).permute(2, 0, 1)  ->  constant [H, N, N]
     """
@@ -39,6 +39,7 @@ class FoldConstants(Pass):
     def run(self, program: Program) -> PassResult:
         editor = GraphEditor(program)
         _read_parts(editor)
+        _read_dtypes(editor)
         axes = propagate(program)
         evaluator = _Evaluator(program)
         result = PassResult()
@@ -107,6 +108,17 @@ def _read_parts(editor: GraphEditor) -> None:
             continue
         if new is not None:
             node.replace_all_uses_with(new)
+    remove_dead(editor.program)
+
+
+def _read_dtypes(editor: GraphEditor) -> None:
+    """A cast to the dtype of another value becomes a cast to that dtype: it is no function of the other's tokens."""
+    for node in list(editor.graph.nodes):
+        if node.target is aten.type_as.default:
+            value, other = node.args
+            dtype = other.meta["val"].dtype
+            same = value.meta["val"].dtype is dtype
+            node.replace_all_uses_with(value if same else editor.insert(node, aten.to.dtype, value, dtype))
     remove_dead(editor.program)
 
 
