@@ -205,13 +205,9 @@ class GraphEditor:
             if user not in kept:
                 user.replace_input_with(old, new)
 
-    def finish(self, keep: bool = False) -> None:
-        """Removes what nothing reads, unless it is to ``keep`` it, and brings signature and code up to date.
-
-        Stored values are true already.
-        """
-        if not keep:
-            remove_dead(self.program)
+    def finish(self) -> None:
+        """Removes what nothing reads and brings signature and code up to date; stored values are true already."""
+        remove_dead(self.program)
         sync_outputs(self.program)
 
 

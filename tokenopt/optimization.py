@@ -37,6 +37,7 @@ from tokenopt.passes.remove_dead import RemoveDead
 from tokenopt.passes.sparsify_attention import Choice, SparsifyAttention, numbered_sites
 from tokenopt.pipeline import Pass, Pipeline, PipelineResult, parse_passes
 from tokenopt.program import Program, capture, flatten_tensors
+from tokenopt.proofs.twin import prove_twin
 from tokenopt.report import Report
 from tokenopt.schedule import Budget, Schedule
 from tokenopt.tokens.recipe import TokenRecipe
@@ -148,9 +149,7 @@ def optimize(
         canonical = canonicalize(program)
         limit = None if budget is None else Budget.parse(budget)
         limited = limit and _limited(steps, limit)
-        steps = [
-            _settled(s, limit if s is limited else None, program, canonical.program, data, written) for s in steps
-        ]
+        steps = [_settled(s, limit if s is limited else None, program, canonical.program, data, written) for s in steps]
         gated: list[dict[str, Any]] = []
         if target is not None and (calibrated is None or isinstance(recipe, AttentionRecipe)):
             steps, gated = _gated(steps, canonical.program, target)
@@ -160,6 +159,7 @@ def optimize(
 
         done = stage("check")
         checks = _checks(program, result, steps, given)
+        checks += _twins(result, steps, given)
         report = _report(program, canonical, result, reducing, steps, checks, short_outputs)
         done()
     if progress is not None:
@@ -358,6 +358,15 @@ def _checks(
         complete = None if given is None else masked.complete(given)
         rows += Parity(masked, complete).check("pattern", _caller(result.program, program))
     return rows
+
+
+def _twins(result: PipelineResult, steps: list[Pass], given: Sequence[Tensor] | None) -> Iterator[dict[str, Any]]:
+    """Rows of the twin of each pass that reduced tokens; of the last one, what is left of it in the end is compared."""
+    others = [s for s in steps if not isinstance(s, (ReduceTokens, RemoveDead))]
+    known = all(isinstance(s, (FoldConstants, RaiseAttention, FlattenGrids)) for s in others)
+    for record in result.records:
+        last = record is result.records[-1] and known
+        yield from prove_twin(record, result.program if last else record.after, given)
 
 
 def _has_mask(step: SparsifyAttention) -> bool:

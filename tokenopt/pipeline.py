@@ -57,12 +57,16 @@ Hook = Callable[[Pass, PassResult, float], None]
 
 @dataclass
 class PipelineResult:
-    """The rewritten program with everything the passes changed and refused, and the seconds each took."""
+    """The rewritten program with everything the passes changed and refused, and the seconds each took.
+
+    ``records`` are of the passes that reduced tokens, in order.
+    """
 
     program: Program
     edits: list[Edit]
     refusals: list[Refusal]
     timings: dict[str, float]
+    records: list[Record] = field(default_factory=list)
 
     @property
     def changed(self) -> bool:
@@ -94,6 +98,7 @@ class Pipeline:
             result.timings[step.name] = result.timings.get(step.name, 0.0) + seconds
             result.edits += done.edits
             result.refusals += done.refusals
+            result.records += [done.record] if done.record.reductions else []
             program.provenance += done.edits
             if self.hook is not None:
                 self.hook(step, done, seconds)

@@ -15,7 +15,7 @@ from tokenopt.analysis.cuts import StreamCut, contains, find_cuts
 from tokenopt.analysis.sites import AttentionSite, Segment, find_sites, with_grid
 from tokenopt.analysis.terms import Terms, length
 from tokenopt.errors import IllegalReduction, Refusal, UsageError
-from tokenopt.graph import GraphEditor
+from tokenopt.graph import GraphEditor, sync_outputs
 from tokenopt.inside import reduce_inside
 from tokenopt.pipeline import Pass, PassResult
 from tokenopt.program import Program
@@ -70,13 +70,9 @@ class ReduceTokens(Pass):
     def run(self, program: Program) -> PassResult:
         return self.apply(program, Planner(*self.resolved(), self.neutral))
 
-    def watched(self, program: Program) -> PassResult:
-        """As ``run``, but all that the plans were made of stays in the program, to be looked at when it runs."""
-        return self.apply(program, Planner(*self.resolved(), self.neutral), keep=True)
-
-    def apply(self, program: Program, planner: Planner, keep: bool = False) -> PassResult:
+    def apply(self, program: Program, planner: Planner) -> PassResult:
         """Visits the recipe's places with a planner of one's own; one that plans nothing only looks."""
-        recipe = planner.recipe
+        recipe, before = planner.recipe, program.clone()
         axes = propagate(program)
         sites, _ = find_sites(axes)
         if recipe.grid is not None:
@@ -100,7 +96,10 @@ class ReduceTokens(Pass):
                     result.refusals += [Refusal(cut.site.id, *why) for cut in group]
                 else:
                     self._stream(editor, axes, own, group, planner, result)
-        editor.finish(keep)
+        if result.record.reductions:
+            sync_outputs(program)
+            result.record.before, result.record.after = before, program.clone()
+        editor.finish()
         result.refusals += planner.refusals
         return result
 

@@ -24,7 +24,8 @@ from torch import Tensor, fx
 
 from tokenopt.errors import ParityError
 from tokenopt.graph import module_path
-from tokenopt.program import Program
+from tokenopt.program import Program, flatten_tensors
+from tokenopt.runtimes.compare import TOLERANCE, Check, compare, require
 from tokenopt.tokens.plan import Record, Reduction
 
 aten = torch.ops.aten
@@ -32,6 +33,7 @@ attention = torch.ops.tokenopt.attention.default
 
 _NAN = float("nan")
 _VISIBLE = 1e-4  # of the largest magnitude: a difference that rounding does not make
+_SAMPLES, _SEED = 2, 2000  # of random inputs
 _HIDDEN = -1e3  # a bias of less hides a key: it is a mask and says nothing of positions
 
 
@@ -245,12 +247,17 @@ def check_plan(reduction: Reduction, parts: dict[str, Tensor]) -> None:
 # -- following them ----------------------------------------------------------------------------------------------------
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(eq=False)
 class _Shadow:
     """A value with NaN where tokens are absent, and since which reduction."""
 
     value: Any
     state: _State
+
+    @cached_property
+    def share(self) -> float:
+        """How much of it is NaN; the most of several."""
+        return max(map(_share, pytree.tree_leaves(self.value)))
 
 
 @dataclass(frozen=True)
@@ -287,16 +294,15 @@ class Twin(_Run):
     """Runs the dense graph with the plans of a rewritten one.
 
     Args:
-        dense: the program before the reductions.
-        record: what was done to it.
+        record: what was done, and to which program.
         values: of the plans' nodes, by name, from a run of the rewritten program on the same inputs.
         compare: is told of every operation and what it gives, for the tokens that are left.
     """
 
     def __init__(
-        self, dense: Program, record: Record, values: dict[str, Tensor],
-        compare: Callable[[fx.Node, Tensor], None] | None = None,
-    ) -> None:  # fmt: skip
+        self, record: Record, values: dict[str, Tensor], compare: Callable[[fx.Node, Tensor], None] | None = None
+    ) -> None:
+        dense = record.before
         super().__init__(dense, set())
         self.record, self.values, self.compare = record, values, compare
         self.at: dict[str, list[int]] = {}
@@ -401,11 +407,10 @@ class Twin(_Run):
                 elif other not in self.data and name != "cat":  # position terms
                     placed = lambda x: _rows(x, state.placed)  # noqa: E731
                     values[other] = self._moved(values[other], shadow, where, placed, state.n)
-        value = self._apply(node, values.__getitem__)
-        more = max(map(_share, pytree.tree_leaves(shadow))) - max(_share(s.value) for s in shadows.values())
-        if name not in _KEEPING and more > 1e-6:  # it mixes tokens: it sees the copies
-            return self._full(node, values, shadows)
-        return self._mark(node, value, shadow, state)
+        marked = _Shadow(shadow, state)
+        if name not in _KEEPING and marked.share > max(s.share for s in shadows.values()) + 1e-6:
+            return self._full(node, values, shadows)  # it mixes tokens: it sees the copies
+        return self._mark(node, self._apply(node, values.__getitem__), marked, state)
 
     @staticmethod
     def _latest(node: fx.Node, state: _State, shadows: dict[fx.Node, _Shadow]) -> _State:
@@ -419,8 +424,9 @@ class Twin(_Run):
         return max(related, key=lambda s: sum(1 for _ in s.chain))
 
     def _mark(self, node: fx.Node, value: Any, shadow: Any, state: _State) -> Any:
-        if any(map(_nan, pytree.tree_leaves(shadow))):
-            self.shadows[node] = _Shadow(shadow, state)
+        shadow = shadow if isinstance(shadow, _Shadow) else _Shadow(shadow, state)
+        if shadow.share:
+            self.shadows[node] = shadow
         return value
 
     def _full(self, node: fx.Node, values: dict[fx.Node, Any], shadows: dict[fx.Node, _Shadow]) -> Any:
@@ -478,12 +484,13 @@ class Twin(_Run):
         query, key, value, bias, key_bias = (None if n is None else values[n] for n in operands)
         of_query, of_key = (shadows.get(n) for n in operands[:2])
         scale = node.kwargs.get("scale") or query.shape[-1] ** -0.5
-        logits = query.double() @ key.double().transpose(-1, -2) * scale
+        wide = torch.promote_types(query.dtype, torch.float32)
+        logits = query.to(wide) @ key.to(wide).transpose(-1, -2) * scale
         if bias is not None:
             bias = self._positioned(node, _additive(bias), operands, shadows, logits.shape)
             logits = logits + bias
         if key_bias is not None:
-            logits = logits + key_bias.double()[:, None, None, :]
+            logits = logits + key_bias[:, None, None, :]
         if node.kwargs.get("is_causal"):
             logits = logits.masked_fill(~torch.ones(logits.shape[-2:], dtype=torch.bool).tril(), float("-inf"))
         if of_key is not None:
@@ -493,7 +500,7 @@ class Twin(_Run):
                 raise NoTwin(f"{_label(node)} sees places that hold no token")
             if not counted:
                 logits = logits.masked_fill(missing.unsqueeze(-2), float("-inf"))
-        out = (logits.softmax(-1) @ value.double()).to(query.dtype)
+        out = (logits.softmax(-1) @ value.to(logits.dtype)).to(query.dtype)
         if of_query is None:
             return out
         shadow, state = torch.where(of_query.value.isnan().any(-1, keepdim=True), _NAN, out), of_query.state
@@ -821,10 +828,10 @@ def _nan(value: Any) -> bool:
 
 
 def _share(value: Any) -> float:
-    """How much of a value is NaN; the most of several."""
-    if not isinstance(value, Tensor):
-        return max(map(_share, value), default=0.0) if isinstance(value, (list, tuple)) else 0.0
-    return value.isnan().float().mean().item() if value.dtype.is_floating_point and value.numel() else 0.0
+    """How much of a value is NaN."""
+    if not isinstance(value, Tensor) or not value.dtype.is_floating_point or not value.numel():
+        return 0.0
+    return int(torch.count_nonzero(value != value)) / value.numel()
 
 
 def _argument(node: fx.Node, name: str, default: Any) -> Any:
@@ -842,32 +849,65 @@ def _label(node: fx.Node) -> str:
 # -- comparing ---------------------------------------------------------------------------------------------------------
 
 
-def expected_of(
-    dense: Program, watched: Program, record: Record, tensors: Sequence[Tensor]
-) -> tuple[list[Tensor], list[Tensor]]:
-    """What a rewritten program must return for some inputs, and what it returns.
+def _compared(
+    source: str, tensors: Sequence[Tensor], names: Sequence[str], expected: list[Tensor], results: list[Tensor]
+) -> Check:
+    outputs = dict(zip(names, compare(expected, results), strict=True))
+    return Check("twin", source, len(tensors[0]), TOLERANCE, outputs)
+
+
+def prove_twin(record: Record, rewritten: Program, given: Sequence[Tensor] | None = None) -> list[dict[str, Any]]:
+    """Checks reductions at their real schedule: rows of a report's ``parity``.
 
     Args:
-        watched: the rewritten program with all that its plans were made of, see `ReduceTokens.watched`.
-        tensors: for the inputs of the dense program.
+        record: what was done to which program.
+        rewritten: the program that must equal the twin: ``record.after``, or what is left of it in the end.
+        given: inputs to check on beside random and example ones, as flat tensors for the dense program.
+
+    Raises:
+        ParityError: if the program does not run, a plan is no plan or results differ; naming the first operation that
+            differs.
+    """
+    dense = record.before
+    drawn = flatten_tensors(dense.random_inputs(_SAMPLES, _SEED))
+    rows = []
+    own = ("example", flatten_tensors(dense.example_inputs)) if given is None else ("data", dense.complete(given))
+    for source, tensors in (("random", drawn), own):
+        try:
+            expected, results = expected_of(record, tensors)
+        except NoTwin as reason:
+            return [{"check": "twin", "inputs": "none", "batch": None, "tolerance": TOLERANCE, "passed": True,
+                     "outputs": [], "note": f"no twin: {reason}; proven by the identity and influence"}]  # fmt: skip
+        if rewritten is not record.after:
+            args, kwargs = rewritten.bind(rewritten.complete(tensors))
+            results = rewritten.flat(*args, **kwargs)[: len(expected)]
+        names = [spec.name for spec in dense.outputs]
+        check = _compared(source, tensors, names, expected, results)
+        if not check.passed:
+            require([check], first_difference(record, tensors))
+        rows.append(check.to_dict())
+    return rows
+
+
+def expected_of(record: Record, tensors: Sequence[Tensor]) -> tuple[list[Tensor], list[Tensor]]:
+    """What a rewritten program must return for some inputs of the one before it, and what it returns.
 
     Raises:
         NoTwin: if the twin is not known.
         ParityError: if a plan is no plan.
     """
-    given = watched.complete(tensors)
     names = {name for reduction in record.reductions for name in reduction.nodes.values()}
-    results, values = runs(watched, given, names)
-    twin = Twin(dense, record, values)
+    results, values = runs(record.after, record.after.complete(tensors), names)
+    twin = Twin(record, values)
     twin.call(tensors)
-    pairs = zip(dense.output_nodes, twin.outputs, results, strict=False)
+    pairs = zip(record.before.output_nodes, twin.outputs, results, strict=False)
     return [twin.returned(node, *output, result) for node, output, result in pairs], results[: len(twin.outputs)]
 
 
-def first_difference(dense: Program, watched: Program, record: Record, tensors: Sequence[Tensor]) -> str | None:
+def first_difference(record: Record, tensors: Sequence[Tensor]) -> str | None:
     """The first operation at which a rewritten program differs from its twin, for people to read."""
-    names = {n.name for n in dense.graph.nodes} | {n for r in record.reductions for n in r.nodes.values()}
-    _, values = runs(watched, watched.complete(tensors), names)
+    names = {n.name for n in record.before.graph.nodes} | {n for r in record.reductions for n in r.nodes.values()}
+    _, values = runs(record.after, record.after.complete(tensors), names)
     found: list[str] = []
 
     def compare(node: fx.Node, expected: Tensor) -> None:
@@ -878,5 +918,5 @@ def first_difference(dense: Program, watched: Program, record: Record, tensors: 
         if not difference <= _VISIBLE * expected.double().abs().max():
             found.append(_label(node))
 
-    Twin(dense, record, values, compare).call(tensors)
+    Twin(record, values, compare).call(tensors)
     return found[0] if found else None

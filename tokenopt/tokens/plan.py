@@ -13,6 +13,7 @@ from torch import Tensor, fx
 from tokenopt.analysis.cuts import StreamCut, offset_in
 from tokenopt.analysis.sites import AttentionSite, Segment, TokenAxis
 from tokenopt.graph import GraphEditor
+from tokenopt.program import Program
 
 aten = torch.ops.aten
 ops = torch.ops.tokenopt
@@ -108,11 +109,14 @@ class Record:
         reductions: in order.
         restored: (operation, operand) where all tokens of the operand came back first.
         averaged: attentions over all tokens whose results were merged again.
+        before, after: the program without and with the reductions; all that the plans were made of is still in it.
     """
 
     reductions: list[Reduction] = field(default_factory=list)
     restored: set[tuple[str, str]] = field(default_factory=set)
     averaged: set[str] = field(default_factory=set)
+    before: Program | None = None
+    after: Program | None = None
 
 
 def named(plan: Plan, **others: fx.Node | None) -> dict[str, str]:
