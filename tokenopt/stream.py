@@ -100,6 +100,7 @@ class StreamRewriter:
         self.refusals: list[Refusal] = []
         self.returned: set[tuple[str, str]] = set()
         self.averaged: set[str] = set()
+        self.unmerged: set[fx.Node] = set()  # what is computed of all tokens where they are unmerged virtually
 
     def run(self) -> None:
         begins: dict[fx.Node, list[Region]] = {}
@@ -197,6 +198,8 @@ class StreamRewriter:
         """Mends one operation whose operands carry reduced tokens."""
         operands = [n for n in tensor_operands(node) if self._reads(node, n)]
         if not operands:
+            if not self.unmerged.isdisjoint(node.all_input_nodes):
+                self.unmerged.add(node)
             return
         decision = decide(self.axes, node, self.segment, operands, self.short)
         new: dict[fx.Node, fx.Node] = {}
@@ -218,12 +221,15 @@ class StreamRewriter:
                     break
                 new[operand] = gathered
         if decision.barrier is not None:
+            of_queries = node in self.attentions and contains(self.axes.dims(node.args[0])[-2], self.segment)
             new = {n: self._restore(n) for n in operands}
             self._replace(node, new)
             self.returned |= {(node.name, n.name) for n in operands}
-            if self.restore.name == "virtual" and node in self.attentions:
+            if self.restore.name == "virtual" and of_queries:
                 self.averaged.add(node.name)
                 self.value[node] = (self._averaged(node, version), version)
+            elif self.restore.name == "virtual":
+                self.unmerged.add(node)
             return
         for operand in operands:
             new[operand] = self._convert(operand, version)
@@ -253,7 +259,7 @@ class StreamRewriter:
         """Whether an operation is to see all tokens although fewer are there: positions, and attention behind them."""
         if self.restore.name != "virtual":
             return False
-        placed = any(n not in self.learned or n not in self.axes.data for n in decision.align)
+        placed = any(n in self.unmerged or n not in self.learned or n not in self.axes.data for n in decision.align)
         return placed or (node in self.attentions and any(n not in self.value for n in node.args[:2]))
 
     def _averaged(self, node: fx.Node, version: _Version) -> fx.Node:

@@ -317,7 +317,8 @@ class Twin(_Run):
         self.learned: set[fx.Node] = set()
         users = set(dense.user_inputs)
         for node in dense.graph.nodes:
-            if node in users or any(n in self.data for n in node.all_input_nodes):
+            sized = isinstance(node.meta.get("val"), (int, torch.SymInt))  # sizes are no data
+            if node in users or (not sized and any(n in self.data for n in node.all_input_nodes)):
                 self.data.add(node)
             if node.target is attention or any(n in self.learned for n in node.all_input_nodes):
                 self.learned.add(node)
