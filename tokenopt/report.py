@@ -59,7 +59,9 @@ class Report:
     tokens     before, after: [tokens per site]
     parity     [{check, inputs, batch, tolerance, passed, outputs}], the checks that were made
                check: capture (eager model against program), identity (neutral setting against dense program),
+               twin (the reductions at their schedule against the dense graph at full length that carries them out),
                or the runtime whose file was compared with the rewritten program
+               note: optional; why something was not compared, and what it was proven by instead
                inputs: example, random (fresh), data (given), or shapes: the engine cannot run on this machine, and
                its names, dtypes and shapes alone were compared
                unstable: optional; samples left out because rounding alone decides which of their tokens are merged
@@ -369,6 +371,8 @@ def parity_rows(rows: list[dict[str, Any]]) -> list[tuple[str, ...]]:
         verdict = "passed" if row["passed"] else f"FAILED (tolerance {row['tolerance']:g})"
         if row["inputs"] == "shapes":
             verdict = "built and read back; cannot run here"
+        if row.get("note"):
+            verdict = row["note"]
         if row.get("unstable"):
             verdict += f", {plural(row['unstable'], 'tie')} left out"
         lines.append((
@@ -435,6 +439,7 @@ def merged(parity: list[dict[str, Any]]) -> list[dict[str, Any]]:
                 "passed": all(row["passed"] for row in rows),
                 "unstable": sum(row.get("unstable", 0) for row in rows),
                 "outputs": [output for row in rows for output in row["outputs"]],
+                "note": next((row["note"] for row in rows if row.get("note")), ""),
             }
         )
     return merged

@@ -129,7 +129,8 @@ class StreamRewriter:
             record.reductions.append(Reduction(
                 version.site, version.stream.name,
                 named(version.plan, nearest=near, positions=cache.get("positions"), whole=cache.get("spread"),
-                      base=cache.get("base"), size_before=self._sizes(self.before, version.terms)),
+                      base=cache.get("base"),
+                      size_before=None if version.parent else self._sizes(self.before, version.terms)),
                 version.plan.fuse, self.restore.name, self.position, self.proportional, version.start, version.total,
                 version.before, version.count, (self._rows_order(dims)[0], self._rows_order(dims)[1]),
                 readers=None if version.readers is None else frozenset(n.name for n in version.readers),
@@ -207,7 +208,8 @@ class StreamRewriter:
         chain = set(_chain(version))
         if decision.barrier is None and any(self.value[n][1] not in chain for n in operands):
             decision.barrier = Effect(node, operands[0], 0, EffectKind.LAYOUT, "it joins tokens of two reductions")
-        if decision.barrier is None and self._is_virtual(node, decision):
+        virtual = decision.barrier is None and self._is_virtual(node, decision)
+        if virtual:
             decision.barrier = Effect(node, operands[0], 0, EffectKind.ALIGN, "it is seen with all positions")
         if decision.barrier is None:
             for operand in decision.align:
@@ -228,7 +230,7 @@ class StreamRewriter:
             if self.restore.name == "virtual" and of_queries:
                 self.averaged.add(node.name)
                 self.value[node] = (self._averaged(node, version), version)
-            elif self.restore.name == "virtual":
+            elif virtual:
                 self.unmerged.add(node)
             return
         for operand in operands:
@@ -313,8 +315,9 @@ class StreamRewriter:
         if step.plan.fuse in ("sized", "mean") and dims == self.axes.dims(step.stream):
             rows, back = self._rows(node, dims)
             return back(self._fused(step.plan, rows, step)[0])
+        mixes = step.plan.fuse == "soft" and operand in self.learned and len(at) == 1  # a bias is of positions
         for dim in at:
-            if step.plan.fuse == "soft" and operand in self.learned:
+            if mixes:
                 node = self._mixed(node, dims, dim, step.plan.assign, step.before)
             else:
                 node = self._gather(node, dims, dim, self._local(step), step.before)

@@ -347,7 +347,9 @@ def _parity(report: Report) -> Section:
     if rows:
         section.lead = (
             "Capture compares the graph with the model, identity the rewritten graph that removes nothing with the "
-            "dense one, and a runtime its file with the rewritten program; the worst output of each."
+            "dense one, twin the reductions as they are with the dense graph at full length in which merged tokens are "
+            "copies and dropped ones are unseen, and a runtime its file with the rewritten program; the worst output "
+            "of each."
         )
         section.tables.append(Table(PARITY_COLUMNS, rows, (2, 3, 4, 5, 6)))
     return section

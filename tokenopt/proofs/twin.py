@@ -41,10 +41,20 @@ class NoTwin(Exception):
     """A program whose twin is not known; the message is the reason."""
 
 
-def runs(program: Program, tensors: Sequence[Tensor], watch: set[str] | None = None) -> tuple[list[Tensor], dict]:
-    """The outputs of a program as it stands in its graph, and the values of some of its nodes by name."""
-    run = _Run(program, watch or set())
-    return run.call(tensors), run.kept
+def runs(program: Program, tensors: Sequence[Tensor], watch: set[str]) -> tuple[list[Tensor], dict[str, Any]]:
+    """The outputs of a rewritten program as it stands in its graph, and the values of some of its nodes by name.
+
+    Raises:
+        ParityError: if it does not run, with the operation that fails.
+    """
+    run = _Run(program, watch)
+    try:
+        return run.call(tensors), run.kept
+    except (RuntimeError, IndexError, ValueError, TypeError) as error:
+        raise ParityError(
+            "the rewritten program does not run", where=_label(run.at_node), why=" ".join(str(error).split())[:300],
+            hint="another schedule or place of the recipe",
+        ) from error  # fmt: skip
 
 
 class _Run(fx.Interpreter):
@@ -54,9 +64,11 @@ class _Run(fx.Interpreter):
         super().__init__(program.exported.graph_module, graph=program.graph)
         self.extra_traceback = False
         self.program, self.watch = program, watch
+        self.at_node = next(iter(program.graph.nodes))
         self.kept: dict[str, Any] = {}
 
     def run_node(self, n: fx.Node) -> Any:
+        self.at_node = n
         value = super().run_node(n)
         if n.name in self.watch:
             self.kept[n.name] = value
@@ -324,6 +336,7 @@ class Twin(_Run):
                 self.learned.add(node)
 
     def run_node(self, n: fx.Node) -> Any:
+        self.at_node = n
         if n.op == "output":
             self.outputs = [
                 (self.env[a], self.shadows.get(a))
@@ -501,7 +514,7 @@ class Twin(_Run):
                 raise NoTwin(f"{_label(node)} sees places that hold no token")
             if not counted:
                 logits = logits.masked_fill(missing.unsqueeze(-2), float("-inf"))
-        out = (logits.softmax(-1) @ value.to(logits.dtype)).to(query.dtype)
+        out = (_softmax(logits) @ value.to(logits.dtype)).to(query.dtype)
         if of_query is None:
             return out
         shadow, state = torch.where(of_query.value.isnan().any(-1, keepdim=True), _NAN, out), of_query.state
@@ -619,7 +632,7 @@ class Twin(_Run):
         if not soft and not (reduction.fuse == "sized" and reduction.proportional):
             present = torch.zeros(rows, total, dtype=torch.bool).scatter(1, parts["index"], True)
             logits = logits.masked_fill(~present[:, None, None], float("-inf"))
-        out = logits.softmax(-1) @ value
+        out = _softmax(logits) @ value
         if soft or "spread" in parts:
             spread = torch.zeros(rows, total, left, dtype=torch.float64)
             spread[:, :start, :start] = torch.eye(start)
@@ -756,8 +769,8 @@ class Twin(_Run):
         if shadow is not None and shadow.state is not parent:
             value, shadow = self._bring(node, value, shadow, parent)
             x = value.movedim((batch_dim, token_dim), (0, 1))
-        present = None if shadow is None else ~shadow.value.isnan()
-        state.canvas = value if present is None else torch.where(present, value, parent.canvas)
+        if reduction.restore == "canvas":
+            state.canvas = value if shadow is None else torch.where(shadow.value.isnan(), parent.canvas, value)
         segment = slice(start, start + n)
         new = x.clone()
         new[:, segment] = state.merge(x[:, segment])
@@ -791,7 +804,7 @@ class Twin(_Run):
         restore = state.reduction.restore
         if restore == "zero":
             return value.masked_fill(missing.isnan(), 0.0)
-        if restore == "canvas" and value.shape == state.canvas.shape:
+        if state.canvas is not None and value.shape == state.canvas.shape:
             return torch.where(missing.isnan(), state.canvas, value)
         steps = list(state.chain)
         if restore == "cached" and "base" in steps[-1].parts:
@@ -816,6 +829,11 @@ class Twin(_Run):
             return rows.to(x.dtype)
 
         return self._moved(value, missing, where, change, state.n)
+
+
+def _softmax(logits: Tensor) -> Tensor:
+    """A softmax that is zero where no key is seen, as that of `tokenopt.attention`."""
+    return logits.softmax(-1).masked_fill((logits == float("-inf")).all(-1, keepdim=True), 0.0)
 
 
 def _additive(bias: Tensor) -> Tensor:
@@ -900,7 +918,10 @@ def expected_of(record: Record, tensors: Sequence[Tensor]) -> tuple[list[Tensor]
     names = {name for reduction in record.reductions for name in reduction.nodes.values()}
     results, values = runs(record.after, record.after.complete(tensors), names)
     twin = Twin(record, values)
-    twin.call(tensors)
+    try:
+        twin.call(tensors)
+    except (RuntimeError, IndexError, ValueError, TypeError) as error:
+        raise NoTwin(f"{_label(twin.at_node)} cannot be followed ({' '.join(str(error).split())[:200]})") from error
     pairs = zip(record.before.output_nodes, twin.outputs, results, strict=False)
     return [twin.returned(node, *output, result) for node, output, result in pairs], results[: len(twin.outputs)]
 
