@@ -26,6 +26,8 @@ ops = torch.ops.tokenopt
 
 Planner = Callable[[Stream], Plan | None]
 
+_OWN = "score with a later layer, or match tokens by their own features: select.metric=hidden"
+
 
 @dataclass(eq=False)
 class _Version:
@@ -764,7 +766,9 @@ class StreamRewriter:
         cuts = [r.cut for r in self.regions if r.cut is not None]
         track = lambda n, s: self._track(n, s, parent)  # noqa: E731
         size = self._sizes(parent or self.before, terms)
-        stream = Stream(self.editor, region, self.whole, rows, start, have, total, size, self.sites, cuts, track)
+        reduced = lambda n: self.value.get(n, (n, None))[0]  # noqa: E731
+        stream = Stream(self.editor, region, self.whole, rows, start, have, total, size, self.sites, cuts, track,
+                        reduced)  # fmt: skip
         plan = self.plan(stream)
         if plan is None:
             return
@@ -805,12 +809,10 @@ class StreamRewriter:
 
     def _track(self, node: fx.Node, site: AttentionSite, now: _Version | None) -> fx.Node:
         """What an attention said of its keys, for the tokens that are left now."""
-        have = self.seen.get(site.node)
-        steps = [s for s in _chain(now) if have is None or s.step > have.step]
-        if not steps:
-            return node
-        if node.meta["val"].shape[1] != steps[-1].total or (have is not None and have not in _chain(now)):
-            raise Refused(f"{site.id} attended over other tokens than those of this place", "score with a later layer")
+        have, chain = self.seen.get(site.node), _chain(now)
+        steps = [s for s in chain if have is None or s.step > have.step]
+        if (have is not None and have not in chain) or (steps and node.meta["val"].shape[1] != steps[-1].total):
+            raise Refused(f"{site.id} attended over other tokens than those of this place", _OWN)
         for step in reversed(steps):
             index = step.plan.index
             node = self.editor.insert(last_of(node, index), ops.gather_tokens.default, node, index, 1, 0, 0, step.total)

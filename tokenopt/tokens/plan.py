@@ -162,6 +162,7 @@ class Stream:
         size: [B, total], how many originals each token stands for; None before any merge that counts them.
         sites: the attentions over this stream, layer by layer; cuts: the places on it.
         track: brings a node [B, tokens at an attention] to the tokens that are left now.
+        reduced: a value of the stream as what lies behind it reads it: with the tokens that were left there.
     """
 
     editor: GraphEditor
@@ -175,6 +176,7 @@ class Stream:
     sites: list[AttentionSite] = field(default_factory=list)
     cuts: list[StreamCut] = field(default_factory=list)
     track: Callable[[fx.Node, AttentionSite], fx.Node] = lambda node, site: node
+    reduced: Callable[[fx.Node], fx.Node] = lambda node: node
 
     @property
     def stop(self) -> int:
@@ -262,6 +264,8 @@ class Stream:
             site = self.sites[number]
             if self.region.known is None or site.node > self.region.known.node:
                 raise Refused(f"layer {number} is not computed yet at this place", "score with an earlier layer")
+        if not site.known:
+            raise Refused(f"{site.id}: {site.refusal.why}", "score with another layer")
         return site
 
     def of_keys(self, node: fx.Node, site: AttentionSite) -> fx.Node:
@@ -279,7 +283,7 @@ class Stream:
 
     def keys(self, site: AttentionSite) -> fx.Node:
         """The keys of an attention, averaged over its heads: [B, total, D]."""
-        key = site.node.args[1]
+        _, key, *_ = logits_of(site)[0]
         return self.of_keys(self.editor.insert(key, aten.mean.dim, key, [1]), site)
 
     def probe(self, site: AttentionSite, row: int, count: int = 1) -> fx.Node:

@@ -5,11 +5,11 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 
 import torch
-from torch import fx
+from torch import Tensor, fx
 
 from tokenopt.errors import IllegalReduction
 from tokenopt.graph import GraphEditor
-from tokenopt.tokens.plan import Plan, Stream
+from tokenopt.tokens.plan import Plan, Refused, Stream
 from tokenopt.tokens.primitive import Primitive
 
 aten = torch.ops.aten
@@ -119,6 +119,10 @@ class Cached(Restore, name="cached"):
 
     def build(self, stream: Stream, plan: Plan) -> Plan:
         name = f"{self.input}_{stream.layer}"
+        samples = next(n.meta["val"] for n in stream.editor.program.user_inputs if isinstance(n.meta["val"], Tensor))
+        if str(stream.rows.meta["val"].shape[0]) != str(samples.shape[0]):  # compared as text: no guard on a symbol
+            why = "its windows or frames are reduced each by itself, and a cache holds one sequence for each sample"
+            raise Refused(why, "restore copy")
 
         def cache(kept: fx.Node, total: int) -> fx.Node:
             value = kept.meta["val"]

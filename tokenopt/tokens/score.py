@@ -246,6 +246,8 @@ class Transition(Score, name="transition"):
         total: fx.Node | None = None
         for site in stream.sites[first : last + 1]:
             for before, after in self._modules(stream, site):
+                if before.meta["val"].shape[1] != after.meta["val"].shape[1]:
+                    raise Refused(f"in {site.id} all tokens come back, and it reads fewer", "use another score")
                 start, stop = stream.start, before.meta["val"].shape[1] - (stream.total - stream.stop)
                 change = stream.insert(ops.token_transition.default, before, after, self.absolute, start, stop)
                 change = stream.of_keys(change, site)
@@ -257,19 +259,21 @@ class Transition(Score, name="transition"):
     def _modules(self, stream: Stream, site: AttentionSite) -> list[tuple[fx.Node, fx.Node]]:
         """(input, output) of the attention and of the MLP of a block, between norm and residual sum."""
         cut = next((c for c in stream.cuts if c.site is site), None)
-        if cut is None:
+        if cut is None or cut.input is None:
             raise Refused(f"{site.id} does not add to a stream of tokens", "use another score")
-        pairs = [(cut.input, cut.update)]
+        pairs = [(stream.reduced(cut.input), cut.update)]
         if cut.leave is not cut.after and cut.leave < stream.rows or cut.leave is stream.rows:
-            update = next((n for n in tensor_operands(cut.leave) if n is not cut.after and n > cut.after), None)
-            if update is not None:
-                pairs.append((_normed(cut.after, update), update))
+            total = cut.leave if cut.leave.target is aten.add.Tensor else cut.leave.all_input_nodes[0]
+            before = _normed(stream.reduced(cut.after), total)
+            added = [n for n in tensor_operands(total) if n > cut.after and n is not before]
+            if total.target is aten.add.Tensor and added:
+                pairs.append((before, added[0]))
         return pairs
 
 
-def _normed(stream: fx.Node, update: fx.Node) -> fx.Node:
-    """What a residual module reads: the norm of the stream, or the stream itself."""
-    norms = [n for n in stream.users if "norm" in str(n.target) and n < update]
+def _normed(stream: fx.Node, total: fx.Node) -> fx.Node:
+    """What the module reads that a residual sum adds: the norm of the stream, or the stream itself."""
+    norms = [n for n in stream.users if "norm" in str(n.target) and n < total]
     return norms[0] if norms else stream
 
 
